@@ -1,0 +1,134 @@
+"""Reads hw2_data/digits/{mnistm,svhn,usps}: a folder of PNGs and a csv `image_name,label`, into one uint8 tensor.
+
+    from digits import load_digits
+    images, labels = load_digits("hw2_data/digits", "svhn", "train")        # uint8 [N, 3, 28, 28], int64 [N]
+"""
+from __future__ import annotations
+
+import contextlib
+import csv
+import pathlib
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from utils import UserError, atomic
+
+DOMAINS = ["mnistm", "svhn"]                # their order is the domain index of Problem 1
+SIZE = 28
+
+
+def load_digits(root, name, split="all", fraction=0.1):
+    """(images uint8 [N, 3, 28, 28], labels int64 [N]) of one domain, in the order of the csv.
+
+    split: "train", "val" or "all". Validation is val.csv where it stands beside train.csv (2023 edition), else the `fraction` of
+    images whose names hash lowest: the same ones on every machine, and a larger fraction contains a smaller one. The decoded
+    images are cached beside the csv. Raises UserError for a missing folder or csv, a csv row without its file, a file that is
+    no picture of 28x28, and a label that is not 0..9.
+    """
+    folder = pathlib.Path(root) / name
+    if not (folder / "train.csv").is_file():
+        raise UserError(f"{folder}/train.csv: not found; `bash get_dataset.sh` fetches hw2_data, or name its digits folder with --data")
+    names, labels, given_val = [], [], []
+    for file in ("train.csv", "val.csv"):
+        if (folder / file).is_file():
+            n, y = read_csv(folder / file)
+            names, labels, given_val = names + n, labels + y, given_val + [file == "val.csv"] * len(n)
+    images = _read_cached(folder, names)
+    val = np.array(given_val if any(given_val) else [is_validation(n, fraction) for n in names])
+    keep = {"all": np.ones(len(names), bool), "val": val, "train": ~val}[split]
+    return torch.from_numpy(images[keep]), torch.tensor(labels)[torch.from_numpy(keep)]
+
+
+def is_validation(image_name, fraction):
+    """Whether an image belongs to the held-back `fraction`: a hash of its name, so that it depends on nothing else."""
+    return zlib.crc32(image_name.encode()) / 2**32 < fraction
+
+
+def read_csv(path):
+    """(names, labels) of a csv with the header image_name,label; raises UserError for another header or a label not 0..9."""
+    with open(path, newline="") as f:
+        rows = csv.DictReader(f)
+        if rows.fieldnames is None or not {"image_name", "label"} <= set(rows.fieldnames):
+            raise UserError(f"{path}: its first line must be image_name,label")
+        names, labels = [], []
+        for row in rows:
+            if row["label"] not in list("0123456789"):
+                raise UserError(f"{path} line {rows.line_num}: label {row['label']!r} is not a digit 0..9")
+            names.append(row["image_name"])
+            labels.append(int(row["label"]))
+    if not names:
+        raise UserError(f"{path}: no rows")
+    return names, labels
+
+
+def read_image(path):
+    """uint8 [3, 28, 28] of one picture, grey ones as three equal channels; raises UserError naming the file."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: listed in the csv but not there; unpack hw2_data again") from None
+    except Exception as e:                                          # Pillow raises many kinds for damaged files
+        raise UserError(f"{path}: not a readable picture ({e}); unpack hw2_data again") from None
+    if pixels.shape[:2] != (SIZE, SIZE):
+        raise UserError(f"{path}: {pixels.shape[1]}x{pixels.shape[0]} pixels where digits have {SIZE}x{SIZE}")
+    return pixels.transpose(2, 0, 1)
+
+
+def _read_cached(folder, names):
+    """uint8 [N, 3, 28, 28] of folder/data/{names}, from folder/.cache.npz when it was made of the same names and files."""
+    cache = folder / ".cache.npz"
+    data = folder / "data"
+    key = f"{zlib.crc32(chr(10).join(names).encode())}-{data.stat().st_mtime_ns if data.is_dir() else 'none'}"
+    try:
+        with np.load(cache) as stored:
+            if str(stored["key"]) == key:
+                return stored["images"]
+    except Exception:                                               # no cache, an old one or a damaged one: read the pictures
+        pass
+    if not data.is_dir():
+        raise UserError(f"{data}: no such folder; unpack hw2_data again")
+    with ThreadPoolExecutor() as pool:
+        paths = [data / n for n in names]
+        images = np.stack(list(tqdm(pool.map(read_image, paths), total=len(paths), desc=f"reading {folder.name}", leave=False)))
+    with contextlib.suppress(OSError), atomic(cache) as temporary:  # a read-only data folder only costs the second start
+        with open(temporary, "wb") as f:
+            np.savez(f, key=np.array(key), images=images)
+    return images
+
+
+class BalancedDigits(Dataset):
+    """Both domains of Problem 1 as one map-style dataset in which every (domain, digit) pair is equally frequent.
+
+    Item i is the (i // 20)-th image, cyclically, of pair i % 20: (uint8 [3, 28, 28], digit, domain). A list of indices gives a
+    whole batch at once, (uint8 [B, 3, 28, 28], int64 [B], int64 [B]). `length` items make an epoch.
+    """
+
+    def __init__(self, root, split, length):
+        loaded = [load_digits(root, name, split) for name in DOMAINS]
+        self.images = torch.cat([images for images, _ in loaded])
+        self.digits = torch.cat([labels for _, labels in loaded])
+        self.domains = torch.cat([torch.full_like(labels, i) for i, (_, labels) in enumerate(loaded)])
+        order = torch.randperm(len(self.digits), generator=torch.Generator().manual_seed(0))
+        self.pairs = [order[(self.domains[order] == p // 10) & (self.digits[order] == p % 10)] for p in range(20)]
+        for p, members in enumerate(self.pairs):
+            if len(members) == 0:
+                raise UserError(f"{root}/{DOMAINS[p // 10]}: no {split} image of digit {p % 10}")
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitems__(self, indices):
+        rows = torch.stack([self.pairs[i % 20][i // 20 % len(self.pairs[i % 20])] for i in indices])
+        return self.images[rows], self.digits[rows], self.domains[rows]
+
+    def __getitem__(self, i):
+        images, digits, domains = self.__getitems__([i])
+        return images[0], digits[0], domains[0]

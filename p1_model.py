@@ -1,0 +1,168 @@
+"""The network of Problem 1: a small U-Net for 28x28 digits, conditional on time, digit and domain.
+
+    model = DigitUNet()
+    eps = model(x_t, t, digit, domain)          # [B, 3, 28, 28] in and out, int64 [B] each; digit 10 = no digit
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diffusion import ddim, ddpm, dpm_solver_pp, eps_from_v, guided, schedule, timesteps
+from utils import UserError, load_checkpoint, load_weights
+
+NO_DIGIT = 10
+
+
+class TimeEmbedding(nn.Module):
+    """[sin, cos](t * 10000^(-2i/dim)) of t (Vaswani et al. 2017, section 3.5): int64 [B] -> [B, dim]."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("frequencies", torch.exp(-math.log(10000) * torch.arange(dim // 2) / (dim // 2)), persistent=False)
+
+    def forward(self, t):
+        angle = t[:, None].float() * self.frequencies
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x)))) * (1 + scale) + shift)), scale and shift from the condition (Dhariwal & Nichol 2021)."""
+
+    def __init__(self, c_in, c_out, c_emb):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(c_in // 16, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(c_emb, 2 * c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(c_out // 16, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(h))
+
+
+class Attention(nn.Module):
+    """x + self-attention over all positions, 64 channels a head; plain softmax, as 49 positions need no more."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.heads = c // 64
+        self.norm, self.qkv, self.out = nn.GroupNorm(c // 16, c), nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x, emb):
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)    # [B, heads, 64, HW]
+        weight = (q.transpose(2, 3) @ k * (c // self.heads) ** -0.5).softmax(dim=-1)                    # [B, heads, HW, HW]
+        return x + self.out((v @ weight.transpose(2, 3)).reshape(b, c, h, w))
+
+
+class Down(nn.Conv2d):
+    """Halves the size, doubles nothing else."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out, 3, stride=2, padding=1)
+
+    def forward(self, x, emb):
+        return super().forward(x)
+
+
+class Up(nn.Conv2d):
+    """Doubles the size: nearest neighbour, then a convolution."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out, 3, padding=1)
+
+    def forward(self, x, emb):
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DigitUNet(nn.Module):
+    """x_t [B, 3, 28, 28], t, digit (0..9, 10 = none) and domain (0 MNIST-M, 1 SVHN), int64 [B] -> eps or v, [B, 3, 28, 28].
+
+    The picture enters and leaves as 2x2 pixel blocks (space to depth), so that all layers work at 14x14 and 7x7: four times
+    less work at the finest level, which is what makes it quick on a CPU. Guidance contrasts a digit with no digit *in the same
+    domain*: the domain is always given, since nothing else should push a picture away from its domain's ordinary look.
+    """
+
+    def __init__(self, channels=64, deep=192):
+        super().__init__()
+        c, d, e = channels, deep, 4 * channels
+        self.time = nn.Sequential(TimeEmbedding(128), nn.Linear(128, e), nn.SiLU(), nn.Linear(e, e))
+        self.digit = nn.Embedding(NO_DIGIT + 1, e)
+        self.domain = nn.Embedding(2, e)
+        self.stem = nn.Conv2d(12, c, 3, padding=1)                      # 14x14
+        self.down = nn.ModuleList([
+            ResBlock(c, c, e),                                 # 14x14, to the skips
+            Down(c, d),                                             # 7x7, to the skips
+            ResBlock(d, d, e),                         # 7x7, to the skips
+        ])
+        self.middle = nn.ModuleList([
+            Attention(d),
+            ResBlock(d, d, e),
+            Attention(d),
+        ])
+        self.up = nn.ModuleList([
+            ResBlock(2 * d, d, e),                         # 7x7, with the skip of the last ResBlock
+            ResBlock(2 * d, d, e),                         # 7x7, with that of Down
+            Up(d, c),                                               # 14x14
+            ResBlock(2 * c, c, e),                             # 14x14, with that of the first ResBlock
+            ResBlock(2 * c, c, e),                             # 14x14, with the stem's
+        ])
+        self.out = nn.Sequential(nn.GroupNorm(c // 16, c), nn.SiLU(), nn.Conv2d(c, 12, 3, padding=1))
+        nn.init.zeros_(self.out[-1].weight)
+        nn.init.zeros_(self.out[-1].bias)
+
+    def forward(self, x, t, digit, domain):
+        emb = F.silu(self.time(t) + self.digit(digit) + self.domain(domain))
+        x = self.stem(F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last))
+        skips = [x]
+        for layer in self.down:
+            x = layer(x, emb)
+            skips.append(x)
+        for layer in self.middle:
+            x = layer(x, emb)
+        for layer in self.up:
+            if isinstance(layer, ResBlock):
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = layer(x, emb)
+        return F.pixel_shuffle(self.out(x).float(), 2)
+
+
+def reverse_process(model, config, digit, domain, noise, sampler="dpm++", steps=12, scale=2.0, interval=(0, 10**9)):
+    """The sampler's generator of (t, x_t, x_0 prediction), each [B, 3, 28, 28] in [-1, 1], for a batch of digits and domains.
+
+    digit, domain: int64 [B] on the model's device. config: {"objective", "schedule", "T"} as in the checkpoint. noise: as of
+    utils.noise_stream, on the same device. scale and interval: as in diffusion.guided.
+    """
+    alpha_bar = schedule(config["schedule"], config["T"])
+
+    def both(x_t, t):
+        none = torch.full_like(digit, NO_DIGIT)
+        return model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([digit, none]), torch.cat([domain, domain])).chunk(2)
+
+    predict = guided(lambda x_t, t: model(x_t, t, digit, domain), both, scale, interval)
+    if config["objective"] == "v":
+        predict = eps_from_v(predict, alpha_bar)
+    times = timesteps(config["T"], steps)
+    if sampler == "dpm++":
+        return dpm_solver_pp(predict, noise(), alpha_bar, times)
+    return {"ddim": ddim, "ddpm": ddpm}[sampler](predict, noise(), alpha_bar, times, noise=noise)
+
+
+def load_digit_unet(path):
+    """(DigitUNet in eval mode, channels_last, float32; config) of a checkpoint {state_dict, config}; raises UserError."""
+    checkpoint = load_checkpoint(path)
+    if not isinstance(checkpoint, dict) or not {"state_dict", "config"} <= set(checkpoint):
+        raise UserError(f"{path}: no state_dict and config in it; it is not a checkpoint of p1_train.py")
+    config = checkpoint["config"]
+    model = load_weights(DigitUNet(config["channels"], config["deep"]), checkpoint["state_dict"], path)
+    return model.eval().to(memory_format=torch.channels_last), config
