@@ -117,6 +117,8 @@ def pick_precision(name, device):
             name = "bf16" if device.type == "cpu" and cpu_has_fast_bf16() else "fp32"
     if name == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs a GPU; on a CPU take bf16 or fp32")
+    if name == "bf16" and device.type == "cpu" and torch_version() < (2, 0):
+        raise UserError("--precision bf16 on a CPU needs torch 2.0 or newer; take fp32")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 

@@ -1,0 +1,259 @@
+"""Problem 2: faces from given noise by DDIM, and the sheets of the report (by eta, and between two noises).
+
+    python3 p2_ddim.py hw2_data/face/noise output/face hw2_data/face/UNet.pt --gt hw2_data/face/GT
+    python3 p2_ddim.py --make-noise output/noise --count 10 --size 64 --seed 0
+
+The recipe of the course's ground truth: 50 uniform steps t = 981, 961, ..., 1, then alpha_bar[0]; eta 0; predicted x_0
+clamped to [-1, 1]; each picture stretched from its own minimum and maximum to [0, 255]. In the sheets [-1, 1] becomes
+[0, 255] instead, so that contrast can be compared. With eta > 0, picture i draws its noise from the seed + i.
+"""
+from __future__ import annotations
+
+import argparse
+import io
+import pathlib
+import sys
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from diffusion import ddim, lerp, slerp, timesteps
+from UNet import load_unet
+from utils import (
+    UserError,
+    add_device_options,
+    atomic,
+    beta_scheduler,
+    cli,
+    image_grid,
+    load_checkpoint,
+    noise_stream,
+    output_folder,
+    pick_device,
+    pick_precision,
+    save_png,
+    to_uint8,
+    torch_version,
+)
+
+T = 1000
+ETAS = [0.0, 0.25, 0.5, 0.75, 1.0]
+ALPHAS = [i / 10 for i in range(11)]
+MSE_BOUND = 20.0                                            # the course's, on 0..255
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("noise_dir", nargs="?", help="folder of *.pt, each a noise [3, S, S] or [1, 3, S, S], S divisible by 32")
+    option("out", nargs="?", help="folder that gets one {stem}.png for each {stem}.pt")
+    option("unet", nargs="?", help="the network: the course's UNet.pt, or a checkpoint of p2_train.py")
+    option("--eta", type=float, default=0.0, help="0 deterministic ... 1 as random as DDPM (default: 0)")
+    option("--steps", type=int, default=50, help="a divisor of 1000, at most 500 (default: 50)")
+    option("--gt", metavar="DIR", help="compares with DIR/{stem}.png; exit code 1 where the mean MSE is 20 or more")
+    option("--eta-grid", metavar="FILE", help="also a sheet: rows eta 0, 0.25 ... 1, columns the first four noises")
+    option("--interpolate", choices=["slerp", "linear"], help="also a sheet, --grid: one row, alpha 0, 0.1 ... 1")
+    option("--between", nargs=2, default=["00", "01"], metavar="STEM", help="its two ends (default: 00 01)")
+    option("--grid", metavar="FILE", help="where --interpolate writes")
+    option("--batch-size", type=int, help="pictures at a time (default: what fits the memory)")
+    option("--make-noise", metavar="DIR", help="only writes noise files, DIR/00.pt ...")
+    option("--count", type=int, default=10, help="how many (default: 10)")
+    option("--size", type=int, default=64, help="of which height and width (default: 64)")
+    add_device_options(parser)
+    args = parser.parse_args(argv)
+    if args.make_noise is None and args.unet is None:
+        raise UserError("give NOISE_DIR OUT UNET_PT, or --make-noise DIR")
+    if args.interpolate and not args.grid or args.grid and not args.interpolate:
+        raise UserError("--interpolate slerp|linear and --grid FILE go together: give both or neither")
+    if not 1 <= args.steps <= T // 2 or T % args.steps:
+        raise UserError(f"--steps {args.steps}: take a divisor of {T}, at most {T // 2}")
+    if not 0 <= args.eta <= 1:
+        raise UserError(f"--eta {args.eta}: take 0 to 1")
+    if args.size < 32 or args.size % 32 or args.count < 1 or (args.batch_size or 1) < 1:
+        raise UserError("--size is a multiple of 32; --count and --batch-size are at least 1")
+    return args
+
+
+@cli
+def main(argv=None):
+    args = parse(argv)
+    if args.make_noise:
+        return make_noise(output_folder(args.make_noise), args.count, args.size, args.seed)
+    noises = read_noises(args.noise_dir)
+    truths = read_truths(args.gt, noises) if args.gt else {}
+    if args.interpolate:
+        check_ends(noises, args.between, args.noise_dir)
+    out = output_folder(args.out)
+    sheets = [pathlib.Path(f) for f in (args.eta_grid, args.grid) if f]
+    for sheet in sheets:
+        output_folder(sheet.parent)
+
+    sampler = Sampler(args)
+    errors = []
+    for stem, picture in zip(noises, sampler(list(noises.values()), args.eta, "pictures")):
+        path = out / f"{stem}.png"
+        with atomic(path) as temporary:
+            save_image(picture, temporary, format="PNG", normalize=True)
+        if truths:
+            errors.append(squared_error(path, truths[stem]))
+            tqdm.write(f"{stem}: mean squared error {errors[-1]:.4f}", file=sys.stdout)
+    if args.eta_grid:
+        write_eta_sheet(sampler, list(noises.values())[:4], sheets[0])
+    if args.interpolate:
+        a, b = (noises[stem] for stem in args.between)
+        write_interpolation(sampler, a, b, {"slerp": slerp, "linear": lerp}[args.interpolate], args.eta, sheets[-1])
+    wrote = f"wrote {len(noises)} pictures to {out}" + "".join(f" and {sheet}" for sheet in sheets)
+    if not truths:
+        print(wrote)
+        return 0
+    mean = float(np.mean(errors))
+    passed = mean < MSE_BOUND
+    print(f"{wrote}; mean squared error {mean:.4f}, {'under' if passed else 'NOT UNDER'} the course's {MSE_BOUND:g}")
+    return 0 if passed else 1
+
+
+class Sampler:
+    """DDIM of given noises through one network, in batches that fit the memory; the pictures and each sheet call it."""
+
+    def __init__(self, args):
+        self.path, self.seed, self.batch_size = args.unet, args.seed, args.batch_size
+        self.device = pick_device(args.device)
+        precision = "fp32" if args.precision == "auto" else args.precision      # the result is compared with a truth
+        self.dtype = pick_precision(precision, self.device)
+        unet = load_unet(args.unet)
+        self.channel = unet.time[1].in_features
+        self.eps_model = make_eps_model(unet, self.device, self.dtype)
+        self.alpha_bar = torch.cumprod(1 - beta_scheduler(T), dim=0)
+        self.times = timesteps(T, args.steps, "course")
+
+    def __call__(self, noises, eta, label, indices=None):
+        """Yields a picture [3, S, S] on the CPU for each noise [3, S, S], in order; `indices` seed their streams."""
+        indices = range(len(noises)) if indices is None else indices
+        with tqdm(total=len(noises) * (len(self.times) - 1), desc=label, unit="step") as bar:
+            for i, j in self.batches(noises):
+                x = torch.stack(noises[i:j]).to(self.device)                                    # [B, 3, S, S]
+                noise = noise_stream(self.seed, indices[i:j], x.shape[1:], self.device)
+                for _t, x, _x_0 in ddim(self.eps_model, x, self.alpha_bar, self.times, eta, noise):  # noqa: B020
+                    bar.update(len(x))
+                if not torch.isfinite(x).all():
+                    raise UserError(f"{self.path}: its output is not finite; damaged weights, or take --precision fp32")
+                yield from x.cpu()
+
+    def batches(self, noises):
+        """(start, end) of runs of noises of one size, so many that they fit the memory."""
+        start = 0
+        while start < len(noises):
+            size = noises[start].shape[-1]
+            end = start + 1
+            while end < len(noises) and end - start < self.fitting(size) and noises[end].shape[-1] == size:
+                end += 1
+            yield start, end
+            start = end
+
+    def fitting(self, size):
+        """How many pictures of this size fit: at the top of the U-Net one takes about 12 maps [channel, size, size]."""
+        if self.batch_size:
+            return self.batch_size
+        free = 0.6 * torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 1e9
+        return max(1, int(free / (12 * self.channel * size**2 * torch.finfo(self.dtype).bits / 8)))
+
+
+def make_eps_model(unet, device, dtype):
+    """eps_model(x_t, t), float32 in and out, of a UNet that computes in `dtype`; on GPUs without TF32, repeatable.
+
+    channels_last where it is the faster layout: CPUs from torch 2.0 on, and half precision on GPUs (benchmarks/p2.py).
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    fast = torch_version() >= (2, 0) if device.type == "cpu" else dtype != torch.float32
+    layout = torch.channels_last if fast else torch.contiguous_format
+    unet = unet.requires_grad_(False).to(device, memory_format=layout)
+    for parameter in unet.parameters():
+        parameter.data = parameter.data.to(dtype)           # not the time embedding's buffer, though
+    return lambda x_t, t: unet(x_t.to(dtype).contiguous(memory_format=layout), t).float()
+
+
+def write_eta_sheet(sampler, noises, path):
+    rows = [to_uint8(torch.stack(list(sampler(noises, eta, f"eta {eta}")))) for eta in ETAS]
+    save_png(image_grid(torch.cat(rows), columns=len(noises)), path)
+
+
+def write_interpolation(sampler, a, b, between, eta, path):
+    """One row, alpha 0 ... 1; with eta > 0 all its pictures draw the same noise, so that only alpha differs."""
+    noises = [between(a, b, alpha) for alpha in ALPHAS]
+    pictures = torch.stack(list(sampler(noises, eta, between.__name__, [0] * len(noises))))
+    save_png(image_grid(to_uint8(pictures), columns=len(noises)), path)
+
+
+def read_noises(folder):
+    """{stem: float32 [3, S, S]} of every *.pt in the folder, sorted by name; raises UserError."""
+    folder = pathlib.Path(folder)
+    files = sorted(p for p in folder.glob("*.pt") if not p.name.startswith("."))
+    if not files:
+        raise UserError(f"{folder}: no *.pt in it; give a folder of noise files (--make-noise DIR makes some)")
+    return {path.stem: read_noise(path) for path in files}
+
+
+def read_noise(path):
+    noise = load_checkpoint(path)
+    if not torch.is_tensor(noise) or not noise.is_floating_point():
+        raise UserError(f"{path}: not a tensor of floats; give a noise [3, S, S] or [1, 3, S, S]")
+    shape = list(noise.shape)
+    if shape[:-3] not in ([], [1]) or shape[-3:-2] != [3] or shape[-1] != shape[-2] or shape[-1] % 32 or not shape[-1]:
+        raise UserError(f"{path}: its shape is {shape}; give a noise [3, S, S] or [1, 3, S, S], S a multiple of 32")
+    if not torch.isfinite(noise).all():
+        raise UserError(f"{path}: it has NaN or infinity in it; write the noise again")
+    return noise.detach().float().reshape(shape[-3:])
+
+
+def read_truths(folder, noises):
+    """{stem: uint8 [S, S, 3]} for each noise; raises UserError where one is missing or of another size."""
+    truths = {}
+    for stem, noise in noises.items():
+        path = pathlib.Path(folder) / f"{stem}.png"
+        truths[stem] = read_png(path)
+        if truths[stem].shape[:2] != noise.shape[1:]:
+            height, width = truths[stem].shape[:2]
+            raise UserError(f"{path}: {height}x{width}, but its noise is of size {noise.shape[1]}; give another --gt")
+    return truths
+
+
+def read_png(path):
+    if not path.is_file():
+        raise UserError(f"{path}: no such picture; --gt wants one for every noise")
+    try:
+        return np.asarray(Image.open(path).convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as e:
+        raise UserError(f"{path}: not a picture, or a damaged one ({e}); fetch it again") from None
+
+
+def squared_error(path, truth):
+    """Mean squared error on 0..255 of the written PNG, as the course's grader computes it."""
+    return float(np.mean((read_png(path).astype(np.float64) - truth) ** 2))
+
+
+def check_ends(noises, between, folder):
+    for stem in between:
+        if stem not in noises:
+            raise UserError(f"{folder}/{stem}.pt: no such noise; --between two of {', '.join(list(noises)[:5])} ...")
+    a, b = (noises[stem].shape[-1] for stem in between)
+    if a != b:
+        raise UserError(f"--between {' '.join(between)}: one is {a}x{a}, the other {b}x{b}; name two of one size")
+
+
+def make_noise(folder, count, size, seed):
+    """Writes folder/00.pt ...: standard normal float32 [1, 3, size, size], file i from seed + i."""
+    for i in range(count):
+        buffer = io.BytesIO()                               # given a path, torch.save writes its name into the file
+        torch.save(noise_stream(seed, [i], (3, size, size))(), buffer)
+        with atomic(folder / f"{i:02d}.pt") as temporary:
+            temporary.write_bytes(buffer.getvalue())
+    print(f"wrote {count} noises of {size}x{size} to {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
