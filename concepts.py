@@ -1,0 +1,86 @@
+"""Reading hw2_data/textual_inversion: the JSON of concepts and prompts, and the folders of source images.
+
+    for concept in read_concepts("hw2_data/textual_inversion/input.json"):
+        images = [open_image(p) for p in image_files(f"hw2_data/textual_inversion/{concept.key}")]
+"""
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from typing import NamedTuple
+
+from PIL import Image, ImageOps
+
+from utils import UserError
+
+IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+class Concept(NamedTuple):
+    """One entry of the JSON: {"0": {"src_image": "dog", "token_name": "<new1>", "prompt": [...], ...}}."""
+
+    key: str                    # names the folder of the source images and the output folder
+    word: str                   # src_image, what the concept is: "dog", or an artist's name
+    token: str                  # token_name, the placeholder in the prompts
+    prompts: list
+    eval_prompts: list          # prompt_4_clip_eval: the prompts with the word in the token's place; may be []
+    baseline: list              # [image score, text score] a prompt; may be []
+
+
+def read_concepts(path):
+    """The JSON's entries as a list of Concept; UserError for a file that is missing, no JSON, or lacks a key."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of the JSON with the concepts and prompts")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path}: not JSON ({e})") from None
+    if not isinstance(entries, dict) or not entries or not all(isinstance(e, dict) for e in entries.values()):
+        raise UserError(f'{path}: expected {{"0": {{"token_name": ..., "prompt": [...]}}, ...}}')
+    concepts = [_concept(path, key, entry) for key, entry in entries.items()]
+    tokens = [c.token for c in concepts]
+    if len(set(tokens)) < len(tokens):
+        raise UserError(f"{path}: two entries have the same token_name; give each concept its own")
+    return concepts
+
+
+def _concept(path, key, entry):
+    for name, kind in {"src_image": str, "token_name": str, "prompt": list}.items():
+        if not isinstance(entry.get(name), kind) or not entry[name]:
+            wanted = "text" if kind is str else "list of texts"
+            raise UserError(f'{path}: entry "{key}" needs the key "{name}", a {wanted}')
+    if "/" in key or key in (".", ".."):
+        raise UserError(f'{path}: the entry name "{key}" cannot name a folder')
+    prompts, eval_prompts = entry["prompt"], entry.get("prompt_4_clip_eval", [])
+    baseline = entry.get("baseline", [])
+    if not isinstance(eval_prompts, list) or not all(isinstance(p, str) for p in [*prompts, *eval_prompts]):
+        raise UserError(f'{path}: entry "{key}": every prompt must be a text')
+    for name, values in (("prompt_4_clip_eval", eval_prompts), ("baseline", baseline)):
+        if values and len(values) != len(prompts):
+            raise UserError(f'{path}: entry "{key}" has {len(prompts)} prompts but {len(values)} in "{name}"')
+    return Concept(key, entry["src_image"], entry["token_name"], prompts, eval_prompts, baseline)
+
+
+def placeholders(prompt):
+    """The learned tokens that a prompt names, in order: "a <new1> next to a <new2>" gives ["<new1>", "<new2>"]."""
+    return re.findall(r"<[^<>\s]+>", prompt)
+
+
+def image_files(folder):
+    """The pictures of a folder, sorted by name; UserError where there is none."""
+    folder = pathlib.Path(folder)
+    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_TYPES) if folder.is_dir() else []
+    if not files:
+        raise UserError(f"{folder}: no such folder, or no pictures in it; `bash get_dataset.sh` fetches the course's")
+    return files
+
+
+def open_image(path):
+    """A picture as RGB, turned upright as its EXIF orientation says."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError) as e:
+        raise UserError(f"{path}: cannot be read as a picture ({e}); remove it or fetch it again") from None

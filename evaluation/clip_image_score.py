@@ -1,0 +1,34 @@
+"""CLIP image score of a folder: 100 * mean cosine of each picture to the source images (the course's ViT-B/32).
+
+    python3 evaluation/clip_image_score.py --input_dir hw2_data/textual_inversion/0 --output_dir output/0/0
+"""
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from concepts import image_files  # noqa: E402
+from p3_clip import image_scores, load_clip  # noqa: E402
+from utils import cli, pick_device  # noqa: E402
+
+
+@cli
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input_dir", required=True, help="the source images")
+    parser.add_argument("--output_dir", required=True, help="the generated images")
+    parser.add_argument("--clip", default="ViT-B/32", help="OpenAI or hub name, folder, or file in OpenAI's format")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    files, sources = image_files(args.output_dir), image_files(args.input_dir)
+    scores = image_scores(load_clip(args.clip, pick_device(args.device)), files, sources)
+    for file, score in zip(files, scores.tolist()):
+        print(f"{file.name} {score:.2f}")
+    print(f"CLIP image score: {scores.mean():.2f} (mean of {len(files)} images against {len(sources)})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""CLIP text score of a folder: CLIP's logit (100 * cosine) of each picture for a prompt (the course's ViT-B/32).
+
+    python3 evaluation/clip_text_score.py --prompt "The streets of Paris." --output_dir output/1/0
+"""
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from concepts import image_files  # noqa: E402
+from p3_clip import load_clip, text_scores  # noqa: E402
+from utils import cli, pick_device  # noqa: E402
+
+
+@cli
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--output_dir", required=True, help="the generated images")
+    parser.add_argument("--clip", default="ViT-B/32", help="OpenAI or hub name, folder, or file in OpenAI's format")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    files = image_files(args.output_dir)
+    scores = text_scores(load_clip(args.clip, pick_device(args.device)), files, args.prompt)
+    for file, score in zip(files, scores.tolist()):
+        print(f"{file.name} {score:.2f}")
+    print(f"CLIP text score: {scores.mean():.2f} (mean of {len(files)} images)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""CLIP (Radford et al. 2021) for grading and zero-shot classification, and the grader's scores.
+
+    clip = load_clip("ViT-B/32", device)
+    clip.images(pictures) @ clip.texts(["a dog", "a cat"]).T        # cosines [N, 2]
+
+One network, that of the `clip` package, whatever file the weights come from.
+"""
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import pickle
+import zipfile
+
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from utils import UserError, load_checkpoint
+
+try:
+    import clip as openai_clip
+except ImportError as e:                                     # it needs pkg_resources, which setuptools 81 no longer has
+    openai_clip, IMPORT_ERROR = None, str(e)
+
+
+class Clip:
+    """Two encoders into one space. `images` and `texts` give float32 unit vectors [N, D] on the CPU."""
+
+    def __init__(self, network, device):
+        self.network, self.device = network.eval().requires_grad_(False).to(device), device
+        self.logit_scale = float(network.logit_scale.exp())         # 100 for OpenAI's models
+        size = network.visual.input_resolution
+        self.preprocess = transforms.Compose([
+            transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+        ])
+
+    @torch.no_grad()
+    def images(self, pictures, batch_size=64):
+        """Pictures are PIL images or paths."""
+        vectors = []
+        for start in range(0, len(pictures), batch_size):
+            batch = torch.stack([self.preprocess(_rgb(p)) for p in pictures[start : start + batch_size]])
+            vectors.append(_unit(self.network.encode_image(batch.to(self.device))))
+        return torch.cat(vectors)
+
+    @torch.no_grad()
+    def texts(self, texts, batch_size=256):
+        tokens = openai_clip.tokenize(texts, context_length=self.network.context_length, truncate=True)
+        return torch.cat([_unit(self.network.encode_text(part.to(self.device))) for part in tokens.split(batch_size)])
+
+
+def _rgb(picture):
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    try:
+        with Image.open(picture) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as e:
+        raise UserError(f"{picture}: cannot be read as a picture ({e})") from None
+
+
+def _unit(x):
+    x = x.float().cpu()
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+# -------------------------------------------------------------------------------- the grader's scores
+
+
+def image_scores(clip, pictures, sources):
+    """100 * mean cosine of each picture to the sources: [len(pictures)]. Both are pictures or their `Clip.images`."""
+    pictures, sources = (x if torch.is_tensor(x) else clip.images(x) for x in (pictures, sources))
+    return 100 * (pictures @ sources.T).mean(1)
+
+
+def text_scores(clip, pictures, text):
+    """CLIP's logit of each picture for the text, 100 * cosine with OpenAI's weights: [len(pictures)]."""
+    pictures = pictures if torch.is_tensor(pictures) else clip.images(pictures)
+    return clip.logit_scale * (pictures @ clip.texts([text])[0])
+
+
+def best_fifth(image, text):
+    """(image score, text score), averaged over the fifth that is best by image + 2.5 * text: the course's 5 of 25."""
+    best = (image + 2.5 * text).topk(max(1, len(image) // 5)).indices
+    return float(image[best].mean()), float(text[best].mean())
+
+
+# -------------------------------------------------------------------------------- weights
+
+
+def load_clip(name, device="cpu"):
+    """Clip of `name`: one of OpenAI's names ("ViT-B/32"), a hub name ("openai/clip-vit-base-patch32"), a local folder
+    in transformers' layout, or a file in OpenAI's format (the TorchScript archive as released, or a state dict).
+
+    Runs no code that a file may carry. UserError for one that is missing, damaged, or of another kind of network.
+    """
+    if openai_clip is None:
+        raise UserError(f"package clip: cannot be imported ({IMPORT_ERROR}); pip install openai-clip 'setuptools<81'")
+    path = pathlib.Path(name)
+    if not path.exists():
+        path = _fetch(str(name))
+    if path.is_dir():
+        return Clip(_build(_from_transformers(path), path), device)
+    return Clip(_build(_openai_state_dict(path), path), device)
+
+
+def _build(state, path):
+    """clip.model.CLIP in float32 of a state dict in OpenAI's names."""
+    sizes = {"input_resolution", "context_length", "vocab_size"}
+    state = {k: v for k, v in state.items() if torch.is_tensor(v) and k not in sizes and not k.endswith("attn_mask")}
+    try:
+        network = openai_clip.model.build_model(dict(state)).float()       # build_model rounds to float16
+        network.load_state_dict(state)
+    except (KeyError, RuntimeError, ZeroDivisionError, IndexError, AttributeError) as e:
+        raise UserError(f"{path}: not the weights of a CLIP model ({str(e)[:150]})") from None
+    return network
+
+
+def _openai_state_dict(path):
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(n.endswith("/constants.pkl") for n in archive.namelist()):
+                return read_torchscript(archive, path)
+    state = load_checkpoint(path)
+    return state.get("state_dict", state) if isinstance(state, dict) else {}
+
+
+class _ScriptObject:
+    """Stands for any object of a TorchScript archive: keeps its attributes, has no code."""
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+
+def read_torchscript(archive, path):
+    """{name: tensor} of a TorchScript archive, an open ZipFile: only its data; torch.jit.load runs its program."""
+    root = archive.namelist()[0].split("/")[0]
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module.split(".")[0] == "__torch__":
+                return _ScriptObject
+            if module == "torch" and name.endswith("Storage"):
+                return _storage_dtype(name)
+            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+                return lambda flat, offset, size, stride, *_: flat.as_strided(size, stride, offset)
+            if (module, name) == ("collections", "OrderedDict"):
+                return dict
+            if module == "torch.jit._pickle":
+                return lambda value, *_: value
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+        def persistent_load(self, key):
+            _, dtype, name, *_ = key
+            return torch.frombuffer(bytearray(archive.read(f"{root}/data/{name}")), dtype=dtype)
+
+    try:
+        with archive.open(f"{root}/data.pkl") as f:
+            module = Unpickler(f).load()
+        return dict(_tensors(module))
+    except (pickle.UnpicklingError, zipfile.BadZipFile, LookupError, ValueError, EOFError, RuntimeError, TypeError,
+            AttributeError) as e:
+        raise UserError(f"{path}: a damaged or foreign TorchScript archive ({str(e)[:150]}); fetch it again") from None
+
+
+def _storage_dtype(name):
+    dtypes = {"Half": "float16", "Float": "float32", "Double": "float64", "Long": "int64", "Int": "int32"}
+    return getattr(torch, dtypes[name[: -len("Storage")]])
+
+
+def _tensors(module, prefix=""):
+    for name, value in vars(module).items():
+        if torch.is_tensor(value):
+            yield prefix + name, value
+        elif isinstance(value, _ScriptObject):
+            yield from _tensors(value, f"{prefix}{name}.")
+
+
+def _fetch(name):
+    """Path of the weights of a published name: from the cache, or downloaded, which is said aloud."""
+    if name in openai_clip.available_models():
+        root = pathlib.Path(os.path.expanduser("~/.cache/clip"))
+        if not (root / f"{name.replace('/', '-').replace('@', '-')}.pt").is_file():
+            print(f"downloading CLIP {name} to {root}")
+        try:                                                                 # _download verifies the SHA-256
+            return pathlib.Path(openai_clip.clip._download(openai_clip.clip._MODELS[name], str(root)))
+        except (OSError, RuntimeError) as e:
+            raise UserError(_unreachable(name, e)) from None
+    if name.count("/") != 1 or name.startswith((".", "/")) or name.endswith((".pt", ".pth", ".bin", ".ckpt")):
+        known = ", ".join(openai_clip.available_models())
+        raise UserError(f"{name}: no such file or folder, and no name of a CLIP model; take one of {known}")
+    return _fetch_from_hub(name)
+
+
+def _fetch_from_hub(name):
+    error = ""
+    for offline in (True, False):                            # what transformers has cached already serves
+        try:
+            from huggingface_hub import snapshot_download
+
+            if not offline:
+                print(f"downloading CLIP {name} from the hub")
+            wanted = ["config.json", "pytorch_model.bin"] + ["model.safetensors"] * offline
+            folder = pathlib.Path(snapshot_download(name, allow_patterns=wanted, local_files_only=offline))
+            if len([f for f in wanted if (folder / f).is_file()]) > 1:
+                return folder
+        except Exception as e:                               # the hub's library has a dozen kinds of network errors
+            error = e
+    raise UserError(_unreachable(name, error))
+
+
+def _unreachable(name, error):
+    reason = " ".join(str(error).split())[:100]
+    return (f"CLIP {name} is not in the cache and cannot be downloaded ({reason}); "
+            "where the network is closed, give --clip or --model the path of the weights")
+
+
+# -------------------------------------------------------------------------------- transformers' layout
+
+_NAMES = [                                                   # transformers -> OpenAI
+    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
+    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    ("vision_model.pre_layrnorm.", "visual.ln_pre."),
+    ("vision_model.post_layernorm.", "visual.ln_post."),
+    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
+    ("text_model.embeddings.token_embedding.", "token_embedding."),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.final_layer_norm.", "ln_final."),
+    ("text_model.encoder.layers.", "transformer.resblocks."),
+    (".self_attn.out_proj.", ".attn.out_proj."),
+    (".layer_norm", ".ln_"),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+]
+
+
+def _from_transformers(folder):
+    """State dict in OpenAI's names of a folder as transformers' CLIPModel.save_pretrained writes it."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        parts = [config.get("text_config") or {}, config.get("vision_config") or {}]
+    except (OSError, ValueError, AttributeError) as e:
+        raise UserError(f"{folder}/config.json: cannot be read ({e}); expected transformers' CLIP layout") from None
+    for part, width, heads in zip(parts, (512, 768), (8, 12)):               # transformers' defaults, those of ViT-B/32
+        activation = part.get("hidden_act", "quick_gelu")
+        if activation != "quick_gelu" or part.get("hidden_size", width) != 64 * part.get("num_attention_heads", heads):
+            raise UserError(f"{folder}/config.json: not one of OpenAI's CLIP models (quick_gelu, 64 channels a head)")
+    if (folder / "model.safetensors").is_file():
+        from safetensors.torch import load_file
+
+        state = load_file(str(folder / "model.safetensors"))
+    else:
+        state = load_checkpoint(folder / "pytorch_model.bin")
+    return openai_names(state)
+
+
+def openai_names(state):
+    """Renames a state dict of transformers' CLIPModel to OpenAI's: q, k, v become one matrix, projections transpose."""
+    out = {}
+    for key, value in state.items():
+        if key.endswith(("position_ids", ".k_proj.weight", ".v_proj.weight", ".k_proj.bias", ".v_proj.bias")):
+            continue
+        if ".q_proj." in key:
+            value = torch.cat([state[key.replace(".q_proj.", f".{x}_proj.")] for x in "qkv"])
+            key = key.replace(".self_attn.q_proj.", ".attn.in_proj_")
+        elif key in ("visual_projection.weight", "text_projection.weight"):
+            key = {"v": "visual.proj", "t": "text_projection"}[key[0]]
+            value = value.T
+        for theirs, ours in _NAMES:
+            key = key.replace(theirs, ours)
+        out[key] = value
+    return out
