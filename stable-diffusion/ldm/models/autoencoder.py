@@ -1,0 +1,83 @@
+"""The autoencoder between images and latents (Rombach et al. 2022, section 3.1)."""
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.util import free_memory
+
+TILE, OVERLAP = 64, 16      # of the tiled decoder, in latent pixels
+
+
+class AutoencoderKL(nn.Module):
+    """encode: images [B, 3, H, W] in [-1, 1] -> posterior over [B, embed_dim, H/f, W/f]; decode: the way back.
+
+    Both take one image at a time, which bounds memory and keeps a picture independent of its batch. `lossconfig`, `monitor` and
+    the like belong to training the autoencoder and are not used.
+    """
+
+    def __init__(self, ddconfig, embed_dim, lossconfig=None, monitor=None, ckpt_path=None, ignore_keys=(), image_key="image",
+                 colorize_nlabels=None):
+        super().__init__()
+        self.encoder = Encoder(**ddconfig)
+        self.decoder = Decoder(**ddconfig)
+        z_channels = ddconfig["z_channels"]
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.factor = 2 ** (len(ddconfig["ch_mult"]) - 1)
+        self.widest = ddconfig["ch"] * max(ddconfig["ch_mult"][:2])                  # channels of the largest feature map
+
+    def encode(self, x):
+        moments = torch.cat([self.quant_conv(self.encoder(image)) for image in x.split(1)])
+        return DiagonalGaussianDistribution(moments.float())
+
+    def decode(self, z, tiled=None):
+        """Latents [B, embed_dim, h, w] -> images. `tiled` None: in overlapping tiles only where memory does not hold a whole image."""
+        if tiled is None:
+            tiled = self._decode_bytes(z) > 0.9 * free_memory(z.device)
+        decode = self._decode_tiled if tiled else self._decode_whole
+        return torch.cat([decode(latent) for latent in z.split(1)])
+
+    def forward(self, x, sample_posterior=True):
+        posterior = self.encode(x)
+        z = posterior.sample() if sample_posterior else posterior.mode()
+        return self.decode(z.to(x.dtype)), posterior
+
+    def _decode_whole(self, z):
+        return self.decoder(self.post_quant_conv(z))
+
+    def _decode_bytes(self, z):
+        """Memory of decoding one image: about four of the largest feature maps at once."""
+        pixels = z.shape[2] * z.shape[3] * self.factor**2
+        return 4 * self.widest * pixels * z.element_size()
+
+    def _decode_tiled(self, z):
+        """Tiles of 64 x 64 latents that overlap by 16, blended linearly: the memory of one tile, whatever the image's size."""
+        height, width = z.shape[2:]
+        image = weight = 0
+        for y in _tile_starts(height):
+            for x in _tile_starts(width):
+                tile = self._decode_whole(z[:, :, y : y + TILE, x : x + TILE]).float()
+                ramp = _ramp(tile.shape[2], self.factor)[:, None] * _ramp(tile.shape[3], self.factor)[None]
+                ramp = ramp.to(tile.device)
+                if isinstance(image, int):
+                    image = tile.new_zeros(1, tile.shape[1], height * self.factor, width * self.factor)
+                    weight = torch.zeros_like(image[:, :1])
+                window = (..., slice(y * self.factor, y * self.factor + tile.shape[2]),
+                          slice(x * self.factor, x * self.factor + tile.shape[3]))
+                image[window] += tile * ramp
+                weight[window] += ramp
+        return (image / weight).to(z.dtype)
+
+
+def _tile_starts(size):
+    """Where the tiles along one side begin; the last one ends with the image."""
+    return list(range(0, max(1, size - TILE), TILE - OVERLAP)) + ([size - TILE] if size > TILE else [])
+
+
+def _ramp(size, factor):
+    """Weights of a tile's pixels: rising over the overlap at both ends, 1 between."""
+    distance = torch.arange(size).add(0.5)
+    return torch.minimum(distance, size - distance).div(OVERLAP * factor).clamp(max=1.0)

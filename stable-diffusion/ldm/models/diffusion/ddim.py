@@ -1,0 +1,40 @@
+"""DDIM.
+
+    latents, _ = DDIMSampler(model).sample(50, batch_size, [4, 64, 64], c, eta=0.0)
+"""
+from __future__ import annotations
+
+import torch
+
+from ldm.models.diffusion.sampling import Sampler
+
+
+@torch.no_grad()
+def ddim(eps_model, x_T, alphas_cumprod, steps, eta=0.0, noise=None):
+    """DDIM (Song et al. 2021, eq. 12, sigma of eq. 16) at times 1 + i (T // steps): a generator of (t, x_t, x_0 prediction).
+
+    eta = 0 is deterministic, eta = 1 draws as much noise as DDPM. As in CompVis's code the last step goes to t = 0, not to the
+    data itself. `noise()` gives [B, C, H, W].
+    """
+    T = len(alphas_cumprod)
+    if not 1 <= steps < T:
+        raise ValueError(f"{steps} DDIM steps: take 1 to {T - 1}")
+    noise = noise if noise is not None else lambda: torch.randn_like(x_T)
+    abar = alphas_cumprod.double().tolist()
+    times = [1 + i * (T // steps) for i in range(steps)]
+    x = x_T
+    for t, s in zip(reversed(times), reversed([0] + times[:-1])):
+        eps = eps_model(x, t)
+        x_0 = (x - (1 - abar[t]) ** 0.5 * eps) / abar[t] ** 0.5
+        sigma = eta * ((1 - abar[s]) / (1 - abar[t]) * (1 - abar[t] / abar[s])) ** 0.5
+        x = abar[s] ** 0.5 * x_0 + max(0.0, 1 - abar[s] - sigma**2) ** 0.5 * eps
+        if sigma > 0:
+            x = x + sigma * noise()
+        yield s, x, x_0
+
+
+class DDIMSampler(Sampler):
+    """DDIM; `sample` returns (latents, {"x_inter": [...], "pred_x0": [...]}), one of each every log_every_t steps."""
+
+    def steps(self, eps_model, x_T, S, eta, noise):
+        return ddim(eps_model, x_T, self.model.alphas_cumprod, S, eta, noise)

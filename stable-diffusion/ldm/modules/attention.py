@@ -1,0 +1,101 @@
+"""Attention and the transformer block that lets the network read a prompt (Rombach et al. 2022, section 3.3 and appendix E.2.1)."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SCORES = 2**26      # attention scores held at a time where torch has no fused attention: 256 MB in float32
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1): q [B, heads, N, d], k and v [B, heads, M, d] -> [B, heads, N, d]."""
+    if hasattr(F, "scaled_dot_product_attention"):
+        return F.scaled_dot_product_attention(q, k, v)
+    return sliced_attention(q, k, v)
+
+
+def sliced_attention(q, k, v, scores=SCORES):
+    """The same for torch before 2.0, some queries at a time: at most `scores` attention scores exist at once."""
+    rows = max(1, scores // (q.shape[0] * q.shape[1] * k.shape[2]))
+    k = k.transpose(-1, -2)
+    q = q * q.shape[-1] ** -0.5         # before the product, which could leave the range of float16
+    return torch.cat([(part @ k).softmax(dim=-1).to(v.dtype) @ v for part in q.split(rows, dim=2)], dim=2)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of x [B, N, C] to context [B, M, context_dim], or to x itself where there is none."""
+
+    def __init__(self, query_dim, context_dim=None, heads=8, dim_head=64, dropout=0.0):
+        super().__init__()
+        context_dim = query_dim if context_dim is None else context_dim
+        self.heads = heads
+        self.to_q = nn.Linear(query_dim, heads * dim_head, bias=False)
+        self.to_k = nn.Linear(context_dim, heads * dim_head, bias=False)
+        self.to_v = nn.Linear(context_dim, heads * dim_head, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, query_dim), nn.Dropout(dropout))
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)                  # [B, heads, N or M, dim_head]
+                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    """(x W + b) * gelu(x V + c) (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, dim_in, dim_out):
+        super().__init__()
+        self.proj = nn.Linear(dim_in, 2 * dim_out)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim, dropout=0.0):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Attention among the pixels, attention to the prompt, feed-forward; each after a layer norm and added to its input."""
+
+    def __init__(self, dim, n_heads, d_head, dropout=0.0, context_dim=None):
+        super().__init__()
+        self.attn1 = CrossAttention(dim, None, n_heads, d_head, dropout)
+        self.ff = FeedForward(dim, dropout)
+        self.attn2 = CrossAttention(dim, context_dim, n_heads, d_head, dropout)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+
+    def forward(self, x, context=None):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map: x [B, C, H, W], context [B, M, context_dim] -> [B, C, H, W]."""
+
+    def __init__(self, in_channels, n_heads, d_head, depth=1, dropout=0.0, context_dim=None):
+        super().__init__()
+        inner = n_heads * d_head
+        self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(in_channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(inner, n_heads, d_head, dropout, context_dim) for _ in range(depth))
+        self.proj_out = nn.Conv2d(inner, in_channels, 1)
+
+    def forward(self, x, context=None):
+        h = self.proj_in(self.norm(x))
+        height, width = h.shape[2:]
+        h = h.permute(0, 2, 3, 1).flatten(1, 2)                                      # [B, H*W, C]; no copy in channels_last
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = h.unflatten(1, (height, width)).permute(0, 3, 1, 2)                      # [B, C, H, W]
+        return x + self.proj_out(h)

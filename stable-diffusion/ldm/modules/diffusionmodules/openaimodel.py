@@ -1,0 +1,136 @@
+"""The denoising U-Net of latent diffusion (Rombach et al. 2022; its residual blocks are those of Dhariwal & Nichol 2021)."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.util import timestep_embedding
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with the time embedding added between: x [B, C, H, W], emb [B, E] -> [B, out, H, W]."""
+
+    def __init__(self, channels, emb_channels, out_channels, dropout=0.0):
+        super().__init__()
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x, emb):
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class TimestepEmbedSequential(nn.Sequential):
+    """Layers in a row; each gets what it reads: residual blocks the time, transformers the prompt."""
+
+    def forward(self, x, emb, context=None):
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNetModel(nn.Module):
+    """eps(x_t, t, prompt): x [B, in_channels, H, W] with H and W multiples of 2^(levels - 1), timesteps [B], context [B, M, context_dim].
+
+    `use_checkpoint` recomputes activations in the backward pass instead of keeping them; it has no effect without gradients.
+    Arguments of CompVis's configs that concern other variants (image_size, legacy, ...) are taken and not used.
+    """
+
+    def __init__(self, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, channel_mult=(1, 2, 4, 8),
+                 num_heads=8, num_head_channels=-1, transformer_depth=1, context_dim=None, dropout=0.0, use_checkpoint=False,
+                 use_spatial_transformer=True, image_size=None, legacy=False):
+        super().__init__()
+        if not use_spatial_transformer:
+            raise ValueError("UNetModel: only networks with use_spatial_transformer: True are supported")
+        self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
+        self.use_checkpoint = use_checkpoint
+        emb = 4 * model_channels
+
+        def res(c_in, c_out):
+            return ResBlock(c_in, emb, c_out, dropout)
+
+        def attn(c):
+            heads = num_heads if num_head_channels == -1 else c // num_head_channels
+            return SpatialTransformer(c, heads, c // heads, transformer_depth, dropout, context_dim)
+
+        # What the loops below write out for Stable Diffusion v1 (320 channels x 1, 2, 4, 4; attention at strides 1, 2, 4):
+        #   input_blocks                     middle_block          output_blocks, each on [h, skip] concatenated
+        #   0      conv(4, 320)              res(1280, 1280)       0,1    res(2560, 1280)
+        #   1,2    res(320, 320) attn        attn(1280)            2      res(2560, 1280) up
+        #   3      down(320)                 res(1280, 1280)       3,4    res(2560, 1280) attn
+        #   4      res(320, 640) attn                              5      res(1920, 1280) attn up
+        #   5      res(640, 640) attn                              6      res(1920, 640) attn
+        #   6      down(640)                                       7      res(1280, 640) attn
+        #   7      res(640, 1280) attn                             8      res(960, 640) attn up
+        #   8      res(1280, 1280) attn                            9      res(960, 320) attn
+        #   9      down(1280)                                      10,11  res(640, 320) attn
+        #   10,11  res(1280, 1280)
+        widths = [m * model_channels for m in channel_mult]
+        last = len(widths) - 1
+        c, skips = model_channels, [model_channels]
+        inputs, outputs = [[nn.Conv2d(in_channels, c, 3, padding=1)]], []
+        for level, width in enumerate(widths):
+            for _ in range(num_res_blocks):
+                inputs.append([res(c, width)] + ([attn(width)] if 2**level in attention_resolutions else []))
+                skips.append(width)
+                c = width
+            if level < last:
+                inputs.append([Downsample(c)])
+                skips.append(c)
+        middle = [res(c, c), attn(c), res(c, c)]
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(num_res_blocks + 1):
+                row = [res(c + skips.pop(), width)] + ([attn(width)] if 2**level in attention_resolutions else [])
+                c = width
+                outputs.append(row + ([Upsample(c)] if level > 0 and i == num_res_blocks else []))
+
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.input_blocks = nn.ModuleList(TimestepEmbedSequential(*row) for row in inputs)
+        self.middle_block = TimestepEmbedSequential(*middle)
+        self.output_blocks = nn.ModuleList(TimestepEmbedSequential(*row) for row in outputs)
+        self.out = nn.Sequential(nn.GroupNorm(32, c), nn.SiLU(), nn.Conv2d(c, out_channels, 3, padding=1))
+
+    def forward(self, x, timesteps, context=None):
+        def run(block, h):
+            if self.use_checkpoint and torch.is_grad_enabled():
+                return checkpoint(block, h, emb, context, use_reentrant=False)
+            return block(h, emb, context)
+
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
+        skips, h = [], x
+        for block in self.input_blocks:
+            h = run(block, h)
+            skips.append(h)
+        h = run(self.middle_block, h)
+        for block in self.output_blocks:
+            h = run(block, torch.cat([h, skips.pop()], dim=1))
+        return self.out(h)

@@ -1,0 +1,98 @@
+"""Building models from YAML configs, and what every module of ldm shares.
+
+    model = load_model("configs/stable-diffusion/v1-inference.yaml", "model.ckpt", device="cuda", dtype=torch.float16)
+"""
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pathlib
+
+import torch
+from torch import nn
+
+
+class ModelError(Exception):
+    """Something the user can mend: the message is one line that names the file and the remedy."""
+
+
+def get_obj_from_str(path):
+    """The object that a dotted path such as "ldm.models.autoencoder.AutoencoderKL" names."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ModelError(f"target {path!r}: cannot be imported ({e}); correct the config") from None
+
+
+def instantiate_from_config(config):
+    """Calls config["target"] with the keywords config["params"]."""
+    if "target" not in config:
+        raise ModelError(f"config without a `target`: {str(config)[:80]}")
+    return get_obj_from_str(config["target"])(**(config.get("params") or {}))
+
+
+def read_config(path):
+    """The OmegaConf of a YAML file."""
+    from omegaconf import OmegaConf
+
+    try:
+        config = OmegaConf.load(path)
+        config.model.target         # noqa: B018  a YAML without a model fails here
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such config") from None
+    except Exception as e:          # the YAML parser and OmegaConf have error classes of their own, many of them
+        raise ModelError(f"{path}: not a model config ({' '.join(str(e).split())[:100]})") from None
+    return config
+
+
+def load_model(config, ckpt, device="cpu", dtype=torch.float32):
+    """The model of a config (a path, or its OmegaConf) with the weights of `ckpt`: frozen, in eval mode, on `device`.
+
+    Network and autoencoder are in `dtype`, the text encoder in float32: its share of the time is small, and learned embeddings
+    want its precision. Weights go tensor by tensor from the file to their place, so that memory peaks at the model's own size.
+    """
+    from ldm.checkpoint import load_weights
+
+    if isinstance(config, (str, pathlib.Path)):
+        config = read_config(config)
+    with uninitialised():
+        model = instantiate_from_config(config.model)
+    load_weights(model, ckpt, device, dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def uninitialised():
+    """Layers built inside are left as the allocator gives them: no time spent, no page touched, until weights are loaded."""
+    layers = [nn.Linear, nn.Conv2d]
+    before = [layer.reset_parameters for layer in layers]
+    try:
+        for layer in layers:
+            layer.reset_parameters = lambda self: None
+        yield
+    finally:
+        for layer, method in zip(layers, before):
+            layer.reset_parameters = method
+
+
+def free_memory(device):
+    """Bytes that may still be allocated on `device`; infinite where the system does not say."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        meminfo = pathlib.Path("/proc/meminfo").read_text().split()
+        return int(meminfo[meminfo.index("MemAvailable:") + 1]) * 1024
+    except (OSError, ValueError):
+        return float("inf")
+
+
+def seeded_noise(seed, indices, shape):
+    """A function that draws normal noise [len(indices), *shape] on the CPU, image i from a generator with the seed `seed + i`.
+
+    The first call gives x_T, later ones the noise of a stochastic sampler: the same picture in any batch and on any device.
+    """
+    generators = [torch.Generator().manual_seed(seed + int(i)) for i in indices]
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators])
