@@ -116,7 +116,7 @@ def read_checkpoint(path):
         if len(head) == 9 and head[8:] == b"{":
             return _read_safetensors(path)
     except FileNotFoundError:
-        raise ModelError(f"{path}: no such checkpoint; `bash hw2_download_ckpt.sh --sd` fetches sd-v1-4.ckpt") from None
+        raise ModelError(f"{path}: no such file; correct the path, or fetch it first") from None
     except OSError as e:
         raise ModelError(f"{path}: cannot be read ({e.strerror or e})") from None
     except pickle.UnpicklingError as e:
