@@ -77,7 +77,7 @@ class UNet(nn.Module):
             x = layer(x, emb) if isinstance(layer, Block) else layer(x)
             if name.startswith("down"):
                 skips.append(x)
-        return self.out(x)
+        return self.out[2](silu(self.out[0](x)))
 
 
 class TimeEmbedding(nn.Module):
@@ -118,9 +118,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):
         h = self.conv1(silu(self.norm1(x)))
-        h = h + self.time(emb)[:, :, None, None]
-        h = self.conv2(silu(self.norm2(h)))
-        return self.skip(x) + h
+        h += self.time(emb)[:, :, None, None]           # in place: at 256x256 memory traffic is a tenth of the time,
+        h = self.conv2(silu(self.norm2(h)))             # and no gradient needs a convolution's output
+        h += self.skip(x)
+        return h
 
 
 class Attention(nn.Module):
@@ -134,7 +135,7 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=2)     # [B, HW, c] each
         mixed = attention(q, k, v)
-        return x + self.out(mixed.transpose(1, 2).reshape(b, c, h, w))
+        return x + self.out(mixed.transpose(1, 2).view(b, c, h, w))
 
 
 def attention(q, k, v):

@@ -34,6 +34,7 @@ from utils import (
     output_folder,
     pick_device,
     pick_precision,
+    reuse_freed_memory,
     save_png,
     to_uint8,
     torch_version,
@@ -166,6 +167,8 @@ def make_eps_model(unet, device, dtype):
 
     channels_last where it is the faster layout: CPUs from torch 2.0 on, and half precision on GPUs (benchmarks/p2.py).
     """
+    if device.type == "cpu":
+        reuse_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     fast = torch_version() >= (2, 0) if device.type == "cpu" else dtype != torch.float32

