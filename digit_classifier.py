@@ -1,0 +1,160 @@
+"""Grades Problem 1 as the course does: the accuracy of digit classifiers on generated digits.
+
+    python3 digit_classifier.py --folder output                                              # our classifiers
+    python3 digit_classifier.py --folder output --checkpoint Classifier.pth                  # the course's for MNIST-M
+    python3 digit_classifier.py --train svhn --data hw2_data/digits --out checkpoints/svhn_classifier.pth
+
+--folder holds mnistm/{digit}_{001..050}.png and svhn/...; the first character of a file's name is its label. SVHN is judged by
+timm's resnet34_svhn of the `detectors` package where that can be fetched, else by our own classifier; the output says by which.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from classifiers import DigitResNet, LeNet, load_classifier, predict
+from digits import SIZE, load_digits
+from utils import UserError, add_device_options, autocast, cli, half, pick_device, pick_precision, save_checkpoint, seed_everything
+
+CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
+
+
+# ---------------------------------------------------------------------------------------------------- grading
+
+
+def read_folder(folder):
+    """(uint8 [N, 3, 28, 28], labels int64 [N]) of the PNGs in a folder, labelled by the first character of their names."""
+    paths = sorted(p for p in pathlib.Path(folder).glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    if not paths:
+        raise UserError(f"{folder}: no pictures in it; run hw2_1.sh into its parent folder first")
+    images, labels = [], []
+    for path in paths:
+        if path.name[0] not in "0123456789":
+            raise UserError(f"{path}: the name must begin with its digit, as in 3_001.png")
+        try:
+            with Image.open(path) as image:
+                images.append(np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.BILINEAR)))
+        except Exception as e:
+            raise UserError(f"{path}: not a readable picture ({e}); generate it again") from None
+        labels.append(int(path.name[0]))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
+
+
+def svhn_judge(checkpoint, device):
+    """(classifier, its description): of `checkpoint` where one is named, else resnet34_svhn, else ours."""
+    if checkpoint:
+        return load_classifier(checkpoint, device), checkpoint
+    try:
+        import detectors  # noqa: F401  (registers the model with timm)
+        import timm
+
+        return timm.create_model("resnet34_svhn", pretrained=True).eval().to(device), "resnet34_svhn of detectors"
+    except Exception as e:                                              # not installed, too new a timm, or no network
+        path = CHECKPOINTS / "svhn_classifier.pth"
+        return load_classifier(path, device), f"{path} (resnet34_svhn is out of reach: {type(e).__name__})"
+
+
+def grade(args, device):
+    judges = {"mnistm": (load_classifier(args.checkpoint, device), args.checkpoint), "svhn": svhn_judge(args.svhn_checkpoint, device)}
+    accuracies = []
+    for domain, title in (("mnistm", "MNIST-M"), ("svhn", "SVHN")):
+        images, labels = read_folder(pathlib.Path(args.folder) / domain)
+        model, name = judges[domain]
+        correct = int((predict(model, images) == labels).sum())
+        accuracies.append(correct / len(labels))
+        print(f"{title} judged by {name}")
+        print(f"{title} acc = {accuracies[-1]:.4f} (correct/total = {correct}/{len(labels)})")
+    print(f"acc = {sum(accuracies) / 2:.4f}")
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def augment(x, strong):
+    """Small random turns, sizes and shifts of [B, 3, 28, 28] in [-1, 1]; `strong` adds colour changes, inversion, noise and a hole."""
+    b, device = len(x), x.device
+
+    def u(low, high, *shape):
+        return torch.rand(b, *shape, device=device) * (high - low) + low
+
+    angle, zoom = u(-0.2, 0.2), u(0.85, 1.15)
+    matrix = torch.stack([
+        torch.stack([angle.cos() * zoom * u(0.9, 1.1), -angle.sin(), u(-0.12, 0.12)], dim=1),
+        torch.stack([angle.sin(), angle.cos() * zoom, u(-0.12, 0.12)], dim=1),
+    ], dim=1)
+    x = F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), padding_mode="reflection", align_corners=False)
+    if strong:
+        x = x * u(0.5, 1.3, 3, 1, 1) + u(-0.3, 0.3, 1, 1, 1) + u(-0.1, 0.1, 3, 1, 1)
+        x = torch.where(u(0, 1, 1, 1, 1) < 0.3, -x, x)
+        x = x + u(0, 0.1, 1, 1, 1) * torch.randn_like(x)
+        rows, columns = torch.arange(SIZE, device=device)[None, :, None], torch.arange(SIZE, device=device)[None, None]
+        top, left = u(-16, SIZE, 1, 1), u(-16, SIZE, 1, 1)
+        hole = (rows >= top) & (rows < top + 8) & (columns >= left) & (columns < left + 8)
+        x = x.masked_fill(hole[:, None], 0.0)
+    return x
+
+
+def train(args, device, dtype):
+    """Trains a LeNet on MNIST-M, or a DigitResNet on any other domain, and writes {"state_dict", "accuracy", "epochs"}."""
+    seed_everything(args.seed)
+    images, labels = load_digits(args.data, args.train, "train")
+    val_images, val_labels = load_digits(args.data, args.train, "val")
+    net = LeNet if args.train == "mnistm" else DigitResNet
+    model = net().to(device, memory_format=torch.channels_last)
+    steps = args.epochs * (len(labels) // args.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    bar = tqdm(range(args.epochs), desc=f"training {net.__name__} on {args.train}")
+    for _ in bar:
+        model.train()
+        for rows in torch.randperm(len(labels)).split(args.batch_size)[: len(labels) // args.batch_size]:
+            x = augment(images[rows].to(device).float() / 127.5 - 1, strong=net is DigitResNet)
+            with autocast(device, dtype):
+                logits = model(x.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+        accuracy = (predict(model.eval(), val_images) == val_labels).float().mean().item()
+        bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.4f}")
+    checkpoint = {"state_dict": half(model.state_dict()), "accuracy": accuracy, "epochs": args.epochs}
+    save_checkpoint(checkpoint, args.out)
+    print(f"accuracy {accuracy:.4f} on {len(val_labels)} held-back images of {args.train}; wrote {args.out}")
+
+
+@cli
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", help="output folder of hw2_1.sh")
+    parser.add_argument("--checkpoint", default=str(CHECKPOINTS / "mnistm_classifier.pth"), help="of the MNIST-M classifier")
+    parser.add_argument("--svhn-checkpoint", help="of an SVHN classifier (default: resnet34_svhn, else the one in checkpoints/)")
+    parser.add_argument("--train", choices=["mnistm", "svhn", "usps"], help="train a classifier on this domain instead")
+    parser.add_argument("--data", default="hw2_data/digits")
+    parser.add_argument("--out", help="where --train writes (default: checkpoints/{domain}_classifier.pth)")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, default=128)
+    add_device_options(parser)
+    args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    if args.train:
+        args.out = args.out or str(CHECKPOINTS / f"{args.train}_classifier.pth")
+        train(args, device, pick_precision(args.precision, device))
+    elif args.folder:
+        grade(args, device)
+    else:
+        parser.error("give --folder to grade, or --train to train")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

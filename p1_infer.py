@@ -1,0 +1,135 @@
+"""Generates the digits of Problem 1.
+
+    python3 p1_infer.py output                              # output/{mnistm,svhn}/{digit}_{001..050}.png, 1,000 pictures
+    python3 p1_infer.py --grid grid.png                     # grid_mnistm.png, grid_svhn.png: rows digits, columns noises
+    python3 p1_infer.py --trajectory reverse.png            # six stages of the reverse process of the first 0 of each domain
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+import time
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from digits import DOMAINS
+from p1_model import load_digit_unet, reverse_process
+from utils import (
+    UserError, add_device_options, atomic, autocast, cli, image_grid, noise_stream, output_folder, pick_device, pick_precision,
+    save_png, to_uint8,
+)
+
+CHECKPOINT = pathlib.Path(__file__).resolve().parent / "checkpoints" / "p1_unet.pt"
+PER_PAIR = 10_000                                   # seeds set aside for a (domain, digit) pair
+
+
+def sampler_of(args):
+    """stages(digit, domain, index) -> generator of x_t, float32 [B, 3, 28, 28] in [-1, 1], for int64 tensors [B]."""
+    device = pick_device(args.device)
+    dtype = pick_precision(args.precision, device)
+    model, config = load_digit_unet(args.checkpoint)
+    model = model.to(device)
+
+    def stages(digit, domain, index):
+        noise = noise_stream(args.seed, index, (3, 28, 28), device)
+        with torch.no_grad(), autocast(device, dtype):
+            process = reverse_process(model, config, digit.to(device), domain.to(device), noise, args.sampler, args.steps,
+                                      args.guidance, args.interval)
+            for _, x_t, _ in process:
+                yield x_t
+
+    return stages
+
+
+def write_images(args, stages):
+    """The graders' layout: OUT/{domain}/{digit}_{number}.png. A picture depends on its domain, digit and number alone."""
+    out = output_folder(args.out)
+    for name in DOMAINS:
+        output_folder(out / name)
+    n = args.num_per_digit
+    image = torch.arange(20 * n)
+    pair, number = image // n, image % n
+    with tqdm(total=len(image) * args.steps, desc="image steps", unit="step") as bar:
+        for part in image.split(args.batch_size):
+            for x_t in stages(pair[part] % 10, pair[part] // 10, pair[part] * PER_PAIR + number[part]):
+                bar.update(len(part))
+            for i, picture in zip(part, to_uint8(x_t).cpu()):
+                name = f"{DOMAINS[pair[i] // 10]}/{pair[i] % 10}_{number[i] + 1:03d}.png"
+                save_png(picture, out / name)
+    return f"{len(image)} images in {out}/{{{','.join(DOMAINS)}}}"
+
+
+def write_grids(args, stages):
+    """One picture a domain, 10 rows of digits by 10 columns of noises; a column starts from one and the same noise."""
+    path = pathlib.Path(args.grid)
+    files = []
+    for d, name in enumerate(DOMAINS):
+        cell = torch.arange(100)
+        for x_t in stages(cell // 10, torch.full_like(cell, d), cell % 10):
+            pass
+        files.append(path.with_name(f"{path.stem}_{name}.png"))
+        save_png(image_grid(enlarge(to_uint8(x_t).cpu()), 10), files[-1])
+    return " and ".join(map(str, files))
+
+
+def write_trajectory(args, stages):
+    """A row a domain: six evenly spaced stages from pure noise to the first 0 of hw2_1.sh's output."""
+    rows = []
+    for d in range(2):
+        index = torch.tensor([d * 10 * PER_PAIR])
+        path = [noise_stream(args.seed, index, (3, 28, 28))()]
+        path += [x.float().cpu() for x in stages(torch.tensor([0]), torch.tensor([d]), index)]
+        rows += [path[round(i * (len(path) - 1) / 5)] for i in range(6)]
+    save_png(image_grid(enlarge(to_uint8(torch.cat(rows))), 6), args.trajectory)
+    return args.trajectory
+
+
+def enlarge(images):
+    """uint8 [N, 3, H, W], twice as large in both directions."""
+    return F.interpolate(images, scale_factor=2, mode="nearest")
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", help="output folder of the 1,000 images")
+    parser.add_argument("--checkpoint", default=str(CHECKPOINT))
+    parser.add_argument("--sampler", choices=["dpm++", "ddim", "ddpm"], default="dpm++")
+    parser.add_argument("--steps", type=int, default=12, help="network evaluations without guidance (default: 12)")
+    parser.add_argument("--guidance", type=float, default=2.0, help="eps_u + guidance (eps_c - eps_u); 1 = none (default: 2)")
+    parser.add_argument("--interval", type=int, nargs=2, default=[0, 1000], metavar=("FROM", "TO"),
+                        help="guide at times FROM <= t < TO only (default: 0 1000)")
+    parser.add_argument("--num-per-digit", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=100, help="changes the speed, not the pictures (default: 100)")
+    parser.add_argument("--grid", metavar="FILE")
+    parser.add_argument("--trajectory", metavar="FILE")
+    add_device_options(parser)
+    args = parser.parse_args(argv)
+    if not (args.out or args.grid or args.trajectory):
+        parser.error("give an output folder, --grid or --trajectory")
+    if not 1 <= args.steps <= 1000:
+        parser.error("--steps: take 1 to 1000")
+    if not 1 <= args.num_per_digit <= PER_PAIR:
+        parser.error(f"--num-per-digit: take 1 to {PER_PAIR}")
+    if args.batch_size < 1:
+        parser.error("--batch-size: take 1 or more")
+    return args
+
+
+@cli
+def main(argv=None):
+    args = parse(argv)
+    started = time.time()
+    stages = sampler_of(args)
+    written = [write(args, stages) for wanted, write in
+               ((args.out, write_images), (args.grid, write_grids), (args.trajectory, write_trajectory)) if wanted]
+    print(f"wrote {', '.join(written)} in {time.time() - started:.1f} s, imports not counted")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

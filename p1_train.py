@@ -1,0 +1,143 @@
+"""Trains Problem 1: the class- and domain-conditional DDPM on MNIST-M and SVHN.
+
+    python3 p1_train.py --data hw2_data/digits --out runs/p1                    # stops and resumes: run the same line again
+    python3 p1_train.py --out runs/p1 --devices 4 --num_nodes 2                 # DDP, as Lightning does it
+
+Leaves in --out: last.ckpt (resumable), best.pt (EMA weights in half precision, the best by accuracy of generated digits; copy
+it to checkpoints/p1_unet.pt) and last.pt (those of the last epoch), samples/*.png, metrics.csv and TensorBoard files.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+from torch.utils.data import DataLoader
+
+from classifiers import load_classifier, predict
+from diffusion import schedule, training_loss
+from digits import DOMAINS, BalancedDigits
+from p1_model import NO_DIGIT, DigitUNet, reverse_process
+from train_common import add_training_options, lightning_trainer, warmup_cosine
+from utils import autocast, cli, half, image_grid, noise_stream, output_folder, save_checkpoint, save_png, to_uint8
+
+
+class DigitDiffusion(pl.LightningModule):
+    """Algorithm 1 of DDPM on batches (uint8 [B, 3, 28, 28], digit [B], domain [B]), with the digit dropped for guidance."""
+
+    def __init__(self, config, lr, total_steps, drop):
+        super().__init__()
+        self.config, self.lr, self.total_steps, self.drop = config, lr, total_steps, drop
+        self.alpha_bar = schedule(config["schedule"], config["T"])
+        self.model = DigitUNet(config["channels"], config["deep"]).to(memory_format=torch.channels_last)
+
+    def loss(self, batch, digit, **fixed):
+        images, _, domain = batch
+        x_0 = images.float() / 127.5 - 1
+        return training_loss(lambda x_t, t: self.model(x_t, t, digit, domain), x_0, self.alpha_bar,
+                             self.config["objective"], self.config["min_snr"], **fixed)
+
+    def training_step(self, batch, _):
+        digit = batch[1].masked_fill(torch.rand(len(batch[1]), device=self.device) < self.drop, NO_DIGIT)
+        loss = self.loss(batch, digit).mean()
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, i):
+        noise = torch.Generator().manual_seed(i)
+        t = torch.randint(self.config["T"], (len(batch[0]),), generator=noise).to(self.device)
+        eps = torch.randn(batch[0].shape, generator=noise).to(self.device)
+        loss = self.loss(batch, batch[1], t=t, eps=eps)
+        for d, name in enumerate(DOMAINS):
+            self.log(f"val_loss_{name}", loss[batch[2] == d].mean(), sync_dist=True)
+
+    def configure_optimizers(self):
+        return warmup_cosine(torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.99), weight_decay=0.01), self.total_steps)
+
+
+class Samples(pl.Callback):
+    """After every epoch, with the EMA weights: a picture of samples, the accuracy of their digits, and the weights themselves.
+
+    It must stand before the EMA callback, which puts the training weights back at the end of the validation.
+    """
+
+    def __init__(self, out, classifiers, per_pair=10):
+        self.out, self.per_pair, self.best = out, per_pair, -1.0
+        self.classifiers = [load_classifier(c) for c in classifiers]
+
+    def on_validation_epoch_end(self, trainer, module):
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        device, config = module.device, module.config
+        pair = torch.arange(20).repeat_interleave(self.per_pair)
+        digit, domain = pair % 10, pair // 10
+        images = []
+        for part in torch.arange(len(pair)).split(100):
+            noise = noise_stream(0, part, (3, 28, 28), device)
+            with autocast(device, torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32):
+                for _, x, _ in reverse_process(module.model, config, digit[part].to(device), domain[part].to(device), noise):
+                    pass
+            images.append(to_uint8(x).cpu())
+        images = torch.cat(images)
+        save_png(image_grid(images[:: self.per_pair // 10][:200], 20), self.out / "samples" / f"{trainer.global_step:07d}.png")
+        right = [(predict(c, images[domain == d]) == digit[domain == d]).float().mean().item() for d, c in enumerate(self.classifiers)]
+        metrics = {f"accuracy_{name}": a for name, a in zip(DOMAINS, right)}
+        metrics["accuracy"] = sum(right) / 2
+        for name, value in metrics.items():
+            module.log(name, value, rank_zero_only=True)
+        metrics.update({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_loss")})
+        checkpoint = {"state_dict": half(module.model.state_dict()), "config": config, "step": trainer.global_step, "metrics": metrics}
+        save_checkpoint(checkpoint, self.out / "last.pt")
+        if metrics["accuracy"] >= self.best:
+            self.best = metrics["accuracy"]
+            save_checkpoint(checkpoint, self.out / "best.pt")
+
+    def state_dict(self):
+        return {"best": self.best}
+
+    def load_state_dict(self, state):
+        self.best = state["best"]
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="hw2_data/digits", help="folder with mnistm/ and svhn/")
+    parser.add_argument("--channels", type=int, default=64, help="at 14x14 (default: 64)")
+    parser.add_argument("--deep", type=int, default=192, help="channels at 7x7 (default: 192)")
+    parser.add_argument("--objective", choices=["eps", "v"], default="v")
+    parser.add_argument("--schedule", choices=["linear", "cosine"], default="cosine")
+    parser.add_argument("--min-snr", type=float, default=5.0, help="gamma of the min-SNR loss weight; 0 = none (default: 5)")
+    parser.add_argument("--drop", type=float, default=0.15, help="how often the digit is dropped (default: 0.15)")
+    parser.add_argument("--classifiers", nargs=2, metavar=("MNISTM", "SVHN"),
+                        default=["checkpoints/mnistm_classifier.pth", "checkpoints/svhn_classifier.pth"])
+    add_training_options(parser, out="runs/p1", steps=15000, batch_size=128, lr=1e-3, ema=0.9995)
+    return parser.parse_args(argv)
+
+
+@cli
+def main(argv=None):
+    args = parse(argv)
+    out = output_folder(args.out)
+    output_folder(out / "samples")
+    config = {"channels": args.channels, "deep": args.deep, "T": 1000, "schedule": args.schedule, "objective": args.objective,
+              "min_snr": args.min_snr or None}
+    train = BalancedDigits(args.data, "train", length=args.epoch_steps * args.batch_size)
+    val = BalancedDigits(args.data, "val", length=2000)
+    pl.seed_everything(args.seed, verbose=False)
+    module = DigitDiffusion(config, args.lr, args.steps, args.drop)
+    callbacks = [Samples(out, args.classifiers), EMAWeightAveraging(decay=args.ema, update_starting_at_step=200)]
+    trainer = lightning_trainer(args, callbacks)
+    trainer.fit(module, DataLoader(train, args.batch_size, shuffle=True, collate_fn=lambda batch: batch),
+                DataLoader(val, 250, collate_fn=lambda batch: batch), ckpt_path=args.resume_from)
+    if trainer.is_global_zero:
+        print(f"step {trainer.global_step} of {args.steps}; wrote {out}/last.ckpt, {out}/best.pt, {out}/last.pt and {out}/samples/")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
