@@ -1,7 +1,7 @@
 """Digit classifiers: they judge generated digits, in training and in grading.
 
     from classifiers import load_classifier, predict
-    digits = predict(load_classifier("checkpoints/svhn_classifier.pth"), images)          # uint8 [N, 3, 28, 28] -> int64 [N]
+    digits = predict(load_classifier("checkpoints/svhn_classifier.pth"), images)     # uint8 [N, 3, 28, 28] -> int64 [N]
 """
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class LeNet(nn.Module):
         self.fc1, self.fc2, self.fc3 = nn.Linear(256, 128), nn.Linear(128, 64), nn.Linear(64, 10)
 
     def forward(self, x):
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)          # [B, 6, 12, 12]
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)          # [B, 16, 4, 4]
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)  # [B, 6, 12, 12]
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)  # [B, 16, 4, 4]
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x.flatten(1))))))
 
 
@@ -45,12 +45,16 @@ class DigitResNet(nn.Module):
     def __init__(self, c=48):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(3, c, 3, padding=1),                                          # 28x28
+            nn.Conv2d(3, c, 3, padding=1),  # 28x28
             Residual(c, c, 1),
-            Residual(c, 2 * c, 2), Residual(2 * c, 2 * c, 1),                       # 14x14
-            Residual(2 * c, 4 * c, 2), Residual(4 * c, 4 * c, 1),                   # 7x7
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-            nn.Dropout(0.2), nn.Linear(4 * c, 10),
+            Residual(c, 2 * c, 2),
+            Residual(2 * c, 2 * c, 1),  # 14x14
+            Residual(2 * c, 4 * c, 2),
+            Residual(4 * c, 4 * c, 1),  # 7x7
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(4 * c, 10),
         )
 
     def forward(self, x):
@@ -69,7 +73,8 @@ def load_classifier(path, device="cpu"):
 
 @torch.no_grad()
 def predict(model, images, batch_size=250):
-    """The likeliest digit of uint8 images [N, 3, 28, 28], normalised to mean 0.5 and deviation 0.5 as the course does: int64 [N]."""
+    """The likeliest digit of uint8 images [N, 3, 28, 28], normalised to mean 0.5 and deviation 0.5 as the course
+    does: int64 [N]."""
     device = next(model.parameters()).device
     batches = [batch.to(device).float() / 127.5 - 1 for batch in images.split(batch_size)]
     return torch.cat([model(batch).argmax(1).cpu() for batch in batches])

@@ -10,20 +10,22 @@ x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps with t in 0 .. T-1. "Tim
 A sampler is a generator of (t, x_t, x_0 prediction), one item for every network evaluation: t is the time just reached.
 `eps_model(x_t, t)` takes [B, C, H, W] and an int64 tensor [B] and returns the predicted noise [B, C, H, W].
 """
+
 from __future__ import annotations
 
 import math
 
 import torch
 
-# ---------------------------------------------------------------------------------------------------- the forward process
+# ------------------------------------------------------------------------ the forward process
 
 
 def schedule(name="linear", T=1000):
     """alpha_bar, float64 [T].
 
     "linear": betas from 1e-4 to 2e-2 at T = 1000, scaled by 1000/T for others (Ho et al. 2020, section 4).
-    "cosine": alpha_bar = f(t+1)/f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2), s = 0.008, betas at most 0.999 (Nichol & Dhariwal 2021, eq. 17).
+    "cosine": alpha_bar = f(t+1)/f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2), s = 0.008, betas at most 0.999 (Nichol &
+    Dhariwal 2021, eq. 17).
     """
     if name == "linear":
         beta = torch.linspace(1e-4 * 1000 / T, 2e-2 * 1000 / T, T, dtype=torch.float64).clamp(max=0.999)
@@ -36,7 +38,8 @@ def schedule(name="linear", T=1000):
 
 
 def alpha_sigma(alpha_bar, t):
-    """(sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)) as float64: of tensors t, shaped to multiply [B, C, H, W]; of an int t, floats (t = -1: 1, 0)."""
+    """(sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)) as float64: of tensors t, shaped to multiply [B, C, H, W]; of an
+    int t, floats (t = -1: 1, 0)."""
     if isinstance(t, int):
         a = float(alpha_bar[t]) if t >= 0 else 1.0
         return math.sqrt(a), math.sqrt(1 - a)
@@ -53,9 +56,10 @@ def q_sample(x_0, t, eps, alpha_bar):
 def training_loss(model, x_0, alpha_bar, objective="eps", min_snr=None, t=None, eps=None):
     """The simple loss (Algorithm 1 and eq. 14 of Ho et al. 2020), one value per image: [B], float32.
 
-    t is uniform over all T times, 0 and T-1 among them. `model(x_t, t)` predicts eps, or with objective "v" the velocity
-    v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022). `min_snr` = gamma caps the weight that the loss
-    gives to x_0 errors at min(SNR, gamma) (Hang et al. 2023, section 3.4); None leaves the plain mean squared error.
+    t is uniform over all T times, 0 and T-1 among them. `model(x_t, t)` predicts eps, or with objective "v" the
+    velocity v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022). `min_snr` = gamma caps the
+    weight that the loss gives to x_0 errors at min(SNR, gamma) (Hang et al. 2023, section 3.4); None leaves the
+    plain mean squared error.
     """
     if t is None:
         t = torch.randint(len(alpha_bar), (len(x_0),), device=x_0.device)
@@ -71,11 +75,12 @@ def training_loss(model, x_0, alpha_bar, objective="eps", min_snr=None, t=None, 
     return loss
 
 
-# ---------------------------------------------------------------------------------------------------- what the samplers call
+# ------------------------------------------------------------------------ what the samplers call
 
 
 def eps_from_v(v_model, alpha_bar):
-    """Makes an eps_model of a network that predicts v: eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t (Salimans & Ho 2022, appendix D)."""
+    """Makes an eps_model of a network that predicts v: eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t (Salimans &
+    Ho 2022, appendix D)."""
 
     def eps_model(x_t, t):
         a, s = alpha_sigma(alpha_bar, t)
@@ -88,8 +93,8 @@ def guided(eps_cond, eps_both, scale, interval=(0, 10**9)):
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6) as an eps_model: eps = eps_u + scale (eps_c - eps_u).
 
     scale 1 is the conditional model, 0 the unconditional one; the paper's w is scale - 1. Guidance acts only at times
-    interval[0] <= t < interval[1] (Kynkaanniemi et al. 2024); outside, one evaluation is saved. `eps_cond(x_t, t)` gives eps_c,
-    `eps_both(x_t, t)` gives (eps_c, eps_u).
+    interval[0] <= t < interval[1] (Kynkaanniemi et al. 2024); outside, one evaluation is saved. `eps_cond(x_t, t)`
+    gives eps_c, `eps_both(x_t, t)` gives (eps_c, eps_u).
     """
 
     def eps_model(x_t, t):
@@ -105,7 +110,8 @@ def timesteps(T, steps, spacing="trailing"):
     """The times a sampler visits: `steps` + 1 decreasing ints, the last one being where it stops.
 
     "trailing": from T-1 in equal strides to -1, the data (Lin et al. 2024, section 3.3).
-    "course":   1 + multiples of T // steps, downwards, ending at 0: 981, 961, ..., 1, 0 for 50 of 1000 (the course's DDIM).
+    "course":   1 + multiples of T // steps, downwards, ending at 0: 981, 961, ..., 1, 0 for 50 of 1000 (the course's
+    DDIM).
     """
     if not 1 <= steps <= T:
         raise ValueError(f"{steps} steps: take 1 to {T}")
@@ -119,12 +125,13 @@ def timesteps(T, steps, spacing="trailing"):
 
 
 def timesteps_logsnr(alpha_bar, steps, rho=7.0):
-    """Times whose noise level sigma/alpha falls from T-1 to 0 along Karras et al. 2022 (eq. 5, exponent rho), then -1: `steps` + 1 ints."""
+    """Times whose noise level sigma/alpha falls from T-1 to 0 along Karras et al. 2022 (eq. 5, exponent rho), then
+    -1: `steps` + 1 ints."""
     level = ((1 - alpha_bar) / alpha_bar).sqrt()
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     wanted = (level[-1] ** (1 / rho) + ramp * (level[0] ** (1 / rho) - level[-1] ** (1 / rho))) ** rho
     times = torch.searchsorted(level, wanted).clamp(max=len(alpha_bar) - 1).tolist()
-    for i in range(steps - 2, -1, -1):                      # searchsorted may repeat a time among the smallest
+    for i in range(steps - 2, -1, -1):  # searchsorted may repeat a time among the smallest
         times[i] = max(times[i], times[i + 1] + 1)
     return [min(t, len(alpha_bar) - 1) for t in times] + [-1]
 
@@ -135,19 +142,26 @@ def predict_x0(x_t, eps, a, s, clip=True):
     return x_0.clamp(-1, 1) if clip else x_0
 
 
+def run(process):
+    """The final x_t of a sampler: [B, C, H, W]."""
+    for item in process:
+        final = item[1]
+    return final
+
+
 def _time(x, t):
     return torch.full((len(x),), t, dtype=torch.long, device=x.device)
 
 
-# ---------------------------------------------------------------------------------------------------- samplers
+# ------------------------------------------------------------------------ samplers
 
 
 @torch.no_grad()
 def ddpm(eps_model, x_t, alpha_bar, times, noise=None, clip=True, variance="small"):
     """Ancestral sampling (Algorithm 2 of Ho et al. 2020), with skipped times as Nichol & Dhariwal 2021, section 4.
 
-    x_s is drawn from q(x_s | x_t, x_0) with the predicted x_0 (eq. 6, 7); variance "small" is that posterior's (beta tilde),
-    "large" is beta_t. `noise()` gives [B, C, H, W], as utils.noise_stream does.
+    x_s is drawn from q(x_s | x_t, x_0) with the predicted x_0 (eq. 6, 7); variance "small" is that posterior's (beta
+    tilde), "large" is beta_t. `noise()` gives [B, C, H, W], as utils.noise_stream does.
     """
     noise = noise or (lambda: torch.randn_like(x_t))
     for t, s in zip(times[:-1], times[1:]):
@@ -163,7 +177,8 @@ def ddpm(eps_model, x_t, alpha_bar, times, noise=None, clip=True, variance="smal
 
 @torch.no_grad()
 def ddim(eps_model, x_t, alpha_bar, times, eta=0.0, noise=None, clip=True):
-    """DDIM (Song et al. 2021, eq. 12 with the sigma of eq. 16): eta 0 is deterministic, eta 1 over all T times is `ddpm`.
+    """DDIM (Song et al. 2021, eq. 12 with the sigma of eq. 16): eta 0 is deterministic, eta 1 over all T times is
+    `ddpm`.
 
     When x_0 is clipped, eps stays as predicted, as in the course's reference.
     """
@@ -184,10 +199,10 @@ def dpm_solver_pp(eps_model, x_t, alpha_bar, times, clip=True):
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): second order, one evaluation a step, deterministic.
 
     With lambda = log(alpha/sigma), h = lambda_s - lambda_t and D extrapolated from the last two x_0 predictions,
-    x_s = sigma_s/sigma_t x_t - alpha_s (exp(-h) - 1) D. First and last step are of first order (the last one, to the data,
-    must be: h is infinite there, and x_s = D).
+    x_s = sigma_s/sigma_t x_t - alpha_s (exp(-h) - 1) D. First and last step are of first order (the last one, to the
+    data, must be: h is infinite there, and x_s = D).
     """
-    before = None                                                            # x_0 prediction and lambda of the step before
+    before = None  # x_0 prediction and lambda of the step before
     for t, s in zip(times[:-1], times[1:]):
         (a_t, s_t), (a_s, s_s) = alpha_sigma(alpha_bar, t), alpha_sigma(alpha_bar, s)
         x_0 = predict_x0(x_t, eps_model(x_t, _time(x_t, t)), a_t, s_t, clip)
@@ -196,19 +211,21 @@ def dpm_solver_pp(eps_model, x_t, alpha_bar, times, clip=True):
         if before is not None and s_s > 0:
             r = (lambda_t - before[1]) / (math.log(a_s / s_s) - lambda_t)
             D = x_0 + (x_0 - before[0]) / (2 * r)
-        x_t = s_s / s_t * x_t + (a_s - a_t * s_s / s_t) * D                  # alpha_s exp(-h) = alpha_t sigma_s / sigma_t
+        x_t = s_s / s_t * x_t + (a_s - a_t * s_s / s_t) * D  # alpha_s exp(-h) = alpha_t sigma_s / sigma_t
         before = x_0, lambda_t
         yield s, x_t, x_0
 
 
-# ---------------------------------------------------------------------------------------------------- between two noises
+# ------------------------------------------------------------------------ between two noises
 
 
 def slerp(a, b, alpha):
-    """Spherical interpolation (Shoemake 1985) of two noises of one shape, over all their elements; alpha 0 gives a, 1 gives b.
+    """Spherical interpolation (Shoemake 1985) of two noises of one shape, over all their elements; alpha 0 gives a,
+    1 gives b.
 
-    sin((1-alpha) theta)/sin(theta) a + sin(alpha theta)/sin(theta) b, theta = arccos(<a, b>/(|a| |b|)), in float64; parallel
-    vectors fall back to `lerp`. Equal norms keep their norm: noise stays at the radius, sqrt(dimension), that the network knows.
+    sin((1-alpha) theta)/sin(theta) a + sin(alpha theta)/sin(theta) b, theta = arccos(<a, b>/(|a| |b|)), in float64;
+    parallel vectors fall back to `lerp`. Equal norms keep their norm: noise stays at the radius, sqrt(dimension),
+    that the network knows.
     """
     if alpha in (0, 1):
         return (b if alpha else a).clone()
@@ -221,5 +238,6 @@ def slerp(a, b, alpha):
 
 
 def lerp(a, b, alpha):
-    """Linear interpolation (1 - alpha) a + alpha b; of two independent noises, at 0.5, it has only 0.71 of their norm."""
+    """Linear interpolation (1 - alpha) a + alpha b; of two independent noises, at 0.5, it has only 0.71 of their
+    norm."""
     return (1 - alpha) * a + alpha * b

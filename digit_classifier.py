@@ -4,9 +4,11 @@
     python3 digit_classifier.py --folder output --checkpoint Classifier.pth                  # the course's for MNIST-M
     python3 digit_classifier.py --train svhn --data hw2_data/digits --out checkpoints/svhn_classifier.pth
 
---folder holds mnistm/{digit}_{001..050}.png and svhn/...; the first character of a file's name is its label. SVHN is judged by
-timm's resnet34_svhn of the `detectors` package where that can be fetched, else by our own classifier; the output says by which.
+--folder holds mnistm/{digit}_{001..050}.png and svhn/...; the first character of a file's name is its label. SVHN is
+judged by timm's resnet34_svhn of the `detectors` package where that can be fetched, else by our own classifier; the
+output says by which.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,16 +26,28 @@ from tqdm import tqdm
 
 from classifiers import DigitResNet, LeNet, load_classifier, predict
 from digits import SIZE, load_digits
-from utils import UserError, add_device_options, autocast, cli, half, pick_device, pick_precision, save_checkpoint, seed_everything
+from utils import (
+    UserError,
+    add_device_options,
+    autocast,
+    cli,
+    half,
+    pick_device,
+    pick_precision,
+    reuse_freed_memory,
+    save_checkpoint,
+    seed_everything,
+)
 
 CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
 
 
-# ---------------------------------------------------------------------------------------------------- grading
+# ------------------------------------------------------------------------ grading
 
 
 def read_folder(folder):
-    """(uint8 [N, 3, 28, 28], labels int64 [N]) of the PNGs in a folder, labelled by the first character of their names."""
+    """(uint8 [N, 3, 28, 28], labels int64 [N]) of the PNGs in a folder, labelled by the first character of their
+    names."""
     paths = sorted(p for p in pathlib.Path(folder).glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if not paths:
         raise UserError(f"{folder}: no pictures in it; run hw2_1.sh into its parent folder first")
@@ -59,13 +73,16 @@ def svhn_judge(checkpoint, device):
         import timm
 
         return timm.create_model("resnet34_svhn", pretrained=True).eval().to(device), "resnet34_svhn of detectors"
-    except Exception as e:                                              # not installed, too new a timm, or no network
+    except Exception as e:  # not installed, too new a timm, or no network
         path = CHECKPOINTS / "svhn_classifier.pth"
         return load_classifier(path, device), f"{path} (resnet34_svhn is out of reach: {type(e).__name__})"
 
 
 def grade(args, device):
-    judges = {"mnistm": (load_classifier(args.checkpoint, device), args.checkpoint), "svhn": svhn_judge(args.svhn_checkpoint, device)}
+    judges = {
+        "mnistm": (load_classifier(args.checkpoint, device), args.checkpoint),
+        "svhn": svhn_judge(args.svhn_checkpoint, device),
+    }
     accuracies = []
     for domain, title in (("mnistm", "MNIST-M"), ("svhn", "SVHN")):
         images, labels = read_folder(pathlib.Path(args.folder) / domain)
@@ -77,22 +94,28 @@ def grade(args, device):
     print(f"acc = {sum(accuracies) / 2:.4f}")
 
 
-# ---------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------ training
 
 
 def augment(x, strong):
-    """Small random turns, sizes and shifts of [B, 3, 28, 28] in [-1, 1]; `strong` adds colour changes, inversion, noise and a hole."""
+    """Small random turns, sizes and shifts of [B, 3, 28, 28] in [-1, 1]; `strong` adds colour changes, inversion,
+    noise and a hole."""
     b, device = len(x), x.device
 
     def u(low, high, *shape):
         return torch.rand(b, *shape, device=device) * (high - low) + low
 
     angle, zoom = u(-0.2, 0.2), u(0.85, 1.15)
-    matrix = torch.stack([
-        torch.stack([angle.cos() * zoom * u(0.9, 1.1), -angle.sin(), u(-0.12, 0.12)], dim=1),
-        torch.stack([angle.sin(), angle.cos() * zoom, u(-0.12, 0.12)], dim=1),
-    ], dim=1)
-    x = F.grid_sample(x, F.affine_grid(matrix, x.shape, align_corners=False), padding_mode="reflection", align_corners=False)
+    matrix = torch.stack(
+        [
+            torch.stack([angle.cos() * zoom * u(0.9, 1.1), -angle.sin(), u(-0.12, 0.12)], dim=1),
+            torch.stack([angle.sin(), angle.cos() * zoom, u(-0.12, 0.12)], dim=1),
+        ],
+        dim=1,
+    )
+    x = F.grid_sample(
+        x, F.affine_grid(matrix, x.shape, align_corners=False), padding_mode="reflection", align_corners=False
+    )
     if strong:
         x = x * u(0.5, 1.3, 3, 1, 1) + u(-0.3, 0.3, 1, 1, 1) + u(-0.1, 0.1, 3, 1, 1)
         x = torch.where(u(0, 1, 1, 1, 1) < 0.3, -x, x)
@@ -105,7 +128,9 @@ def augment(x, strong):
 
 
 def train(args, device, dtype):
-    """Trains a LeNet on MNIST-M, or a DigitResNet on any other domain, and writes {"state_dict", "accuracy", "epochs"}."""
+    """Trains a LeNet on MNIST-M, or a DigitResNet on any other domain, and writes {"state_dict", "accuracy",
+    "epochs"}."""
+    reuse_freed_memory()
     seed_everything(args.seed)
     images, labels = load_digits(args.data, args.train, "train")
     val_images, val_labels = load_digits(args.data, args.train, "val")
@@ -137,8 +162,12 @@ def train(args, device, dtype):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", help="output folder of hw2_1.sh")
-    parser.add_argument("--checkpoint", default=str(CHECKPOINTS / "mnistm_classifier.pth"), help="of the MNIST-M classifier")
-    parser.add_argument("--svhn-checkpoint", help="of an SVHN classifier (default: resnet34_svhn, else the one in checkpoints/)")
+    parser.add_argument(
+        "--checkpoint", default=str(CHECKPOINTS / "mnistm_classifier.pth"), help="of the MNIST-M classifier"
+    )
+    parser.add_argument(
+        "--svhn-checkpoint", help="of an SVHN classifier (default: resnet34_svhn, else the one in checkpoints/)"
+    )
     parser.add_argument("--train", choices=["mnistm", "svhn", "usps"], help="train a classifier on this domain instead")
     parser.add_argument("--data", default="hw2_data/digits")
     parser.add_argument("--out", help="where --train writes (default: checkpoints/{domain}_classifier.pth)")

@@ -19,21 +19,21 @@ from tqdm import tqdm
 
 from utils import UserError, atomic
 
-DOMAINS = ["mnistm", "svhn"]                # their order is the domain index of Problem 1
+DOMAINS = ["mnistm", "svhn"]  # their order is the domain index of Problem 1
 SIZE = 28
 
 
 def load_digits(root, name, split="all", fraction=0.1):
     """(images uint8 [N, 3, 28, 28], labels int64 [N]) of one domain, in the order of the csv.
 
-    split: "train", "val" or "all". Validation is val.csv where it stands beside train.csv (2023 edition), else the `fraction` of
-    images whose names hash lowest: the same ones on every machine, and a larger fraction contains a smaller one. The decoded
-    images are cached beside the csv. Raises UserError for a missing folder or csv, a csv row without its file, a file that is
-    no picture of 28x28, and a label that is not 0..9.
+    split: "train", "val" or "all". Validation is val.csv where it stands beside train.csv (2023 edition), else the
+    `fraction` of images whose names hash lowest: the same ones on every machine, and a larger fraction contains a
+    smaller one. The decoded images are cached beside the csv. Raises UserError for a missing folder or csv, a csv
+    row without its file, a file that is no picture of 28x28, and a label that is not 0..9.
     """
     folder = pathlib.Path(root) / name
     if not (folder / "train.csv").is_file():
-        raise UserError(f"{folder}/train.csv: not found; `bash get_dataset.sh` fetches hw2_data, or name its digits folder with --data")
+        raise UserError(f"{folder}/train.csv: not found; `bash get_dataset.sh` fetches it, --data names its place")
     names, labels, given_val = [], [], []
     for file in ("train.csv", "val.csv"):
         if (folder / file).is_file():
@@ -51,7 +51,8 @@ def is_validation(image_name, fraction):
 
 
 def read_csv(path):
-    """(names, labels) of a csv with the header image_name,label; raises UserError for another header or a label not 0..9."""
+    """(names, labels) of a csv with the header image_name,label; raises UserError for another header or a label not
+    0..9."""
     with open(path, newline="") as f:
         rows = csv.DictReader(f)
         if rows.fieldnames is None or not {"image_name", "label"} <= set(rows.fieldnames):
@@ -74,7 +75,7 @@ def read_image(path):
             pixels = np.asarray(image.convert("RGB"))
     except FileNotFoundError:
         raise UserError(f"{path}: listed in the csv but not there; unpack hw2_data again") from None
-    except Exception as e:                                          # Pillow raises many kinds for damaged files
+    except Exception as e:  # Pillow raises many kinds for damaged files
         raise UserError(f"{path}: not a readable picture ({e}); unpack hw2_data again") from None
     if pixels.shape[:2] != (SIZE, SIZE):
         raise UserError(f"{path}: {pixels.shape[1]}x{pixels.shape[0]} pixels where digits have {SIZE}x{SIZE}")
@@ -82,7 +83,8 @@ def read_image(path):
 
 
 def _read_cached(folder, names):
-    """uint8 [N, 3, 28, 28] of folder/data/{names}, from folder/.cache.npz when it was made of the same names and files."""
+    """uint8 [N, 3, 28, 28] of folder/data/{names}, from folder/.cache.npz when it was made of the same names and
+    files."""
     cache = folder / ".cache.npz"
     data = folder / "data"
     key = f"{zlib.crc32(chr(10).join(names).encode())}-{data.stat().st_mtime_ns if data.is_dir() else 'none'}"
@@ -90,14 +92,18 @@ def _read_cached(folder, names):
         with np.load(cache) as stored:
             if str(stored["key"]) == key:
                 return stored["images"]
-    except Exception:                                               # no cache, an old one or a damaged one: read the pictures
+    except Exception:  # no cache, an old one or a damaged one: read the pictures
         pass
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; unpack hw2_data again")
     with ThreadPoolExecutor() as pool:
         paths = [data / n for n in names]
-        images = np.stack(list(tqdm(pool.map(read_image, paths), total=len(paths), desc=f"reading {folder.name}", leave=False)))
-    with contextlib.suppress(OSError), atomic(cache) as temporary:  # a read-only data folder only costs the second start
+        images = np.stack(
+            list(tqdm(pool.map(read_image, paths), total=len(paths), desc=f"reading {folder.name}", leave=False))
+        )
+    with contextlib.suppress(OSError), atomic(
+        cache
+    ) as temporary:  # a read-only data folder only costs the second start
         with open(temporary, "wb") as f:
             np.savez(f, key=np.array(key), images=images)
     return images
@@ -106,8 +112,8 @@ def _read_cached(folder, names):
 class BalancedDigits(Dataset):
     """Both domains of Problem 1 as one map-style dataset in which every (domain, digit) pair is equally frequent.
 
-    Item i is the (i // 20)-th image, cyclically, of pair i % 20: (uint8 [3, 28, 28], digit, domain). A list of indices gives a
-    whole batch at once, (uint8 [B, 3, 28, 28], int64 [B], int64 [B]). `length` items make an epoch.
+    Item i is the (i // 20)-th image, cyclically, of pair i % 20: (uint8 [3, 28, 28], digit, domain). A list of
+    indices gives a whole batch at once, (uint8 [B, 3, 28, 28], int64 [B], int64 [B]). `length` items make an epoch.
     """
 
     def __init__(self, root, split, length):

@@ -1,8 +1,8 @@
 """Generates the digits of Problem 1.
 
-    python3 p1_infer.py output                              # output/{mnistm,svhn}/{digit}_{001..050}.png, 1,000 pictures
-    python3 p1_infer.py --grid grid.png                     # grid_mnistm.png, grid_svhn.png: rows digits, columns noises
-    python3 p1_infer.py --trajectory reverse.png            # six stages of the reverse process of the first 0 of each domain
+    python3 p1_infer.py output                      # output/{mnistm,svhn}/{digit}_{001..050}.png, 1,000 pictures
+    python3 p1_infer.py --grid grid.png             # grid_mnistm.png, grid_svhn.png: rows digits, columns noises
+    python3 p1_infer.py --trajectory reverse.png    # six stages of the reverse process, first 0 of each domain
 """
 from __future__ import annotations
 
@@ -19,18 +19,28 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from digits import DOMAINS
-from p1_model import load_digit_unet, reverse_process
+from p1_model import eps_model_for, load_digit_unet, reverse_process
 from utils import (
-    UserError, add_device_options, atomic, autocast, cli, image_grid, noise_stream, output_folder, pick_device, pick_precision,
-    save_png, to_uint8,
+    add_device_options,
+    autocast,
+    cli,
+    image_grid,
+    noise_stream,
+    output_folder,
+    pick_device,
+    pick_precision,
+    reuse_freed_memory,
+    save_png,
+    to_uint8,
 )
 
 CHECKPOINT = pathlib.Path(__file__).resolve().parent / "checkpoints" / "p1_unet.pt"
-PER_PAIR = 10_000                                   # seeds set aside for a (domain, digit) pair
+PER_PAIR = 10_000  # seeds set aside for a (domain, digit) pair
 
 
 def sampler_of(args):
     """stages(digit, domain, index) -> generator of x_t, float32 [B, 3, 28, 28] in [-1, 1], for int64 tensors [B]."""
+    reuse_freed_memory()
     device = pick_device(args.device)
     dtype = pick_precision(args.precision, device)
     model, config = load_digit_unet(args.checkpoint)
@@ -39,16 +49,16 @@ def sampler_of(args):
     def stages(digit, domain, index):
         noise = noise_stream(args.seed, index, (3, 28, 28), device)
         with torch.no_grad(), autocast(device, dtype):
-            process = reverse_process(model, config, digit.to(device), domain.to(device), noise, args.sampler, args.steps,
-                                      args.guidance, args.interval)
-            for _, x_t, _ in process:
+            eps_model = eps_model_for(model, config, digit.to(device), domain.to(device), args.guidance, args.interval)
+            for _, x_t, _ in reverse_process(eps_model, config, noise, args.sampler, args.steps):
                 yield x_t
 
     return stages
 
 
 def write_images(args, stages):
-    """The graders' layout: OUT/{domain}/{digit}_{number}.png. A picture depends on its domain, digit and number alone."""
+    """The graders' layout: OUT/{domain}/{digit}_{number}.png. A picture depends on its domain, digit and number
+    alone."""
     out = output_folder(args.out)
     for name in DOMAINS:
         output_folder(out / name)
@@ -59,7 +69,8 @@ def write_images(args, stages):
         for part in image.split(args.batch_size):
             for x_t in stages(pair[part] % 10, pair[part] // 10, pair[part] * PER_PAIR + number[part]):
                 bar.update(len(part))
-            for i, picture in zip(part, to_uint8(x_t).cpu()):
+                final = x_t
+            for i, picture in zip(part, to_uint8(final).cpu()):
                 name = f"{DOMAINS[pair[i] // 10]}/{pair[i] % 10}_{number[i] + 1:03d}.png"
                 save_png(picture, out / name)
     return f"{len(image)} images in {out}/{{{','.join(DOMAINS)}}}"
@@ -71,10 +82,9 @@ def write_grids(args, stages):
     files = []
     for d, name in enumerate(DOMAINS):
         cell = torch.arange(100)
-        for x_t in stages(cell // 10, torch.full_like(cell, d), cell % 10):
-            pass
+        *_, final = stages(cell // 10, torch.full_like(cell, d), cell % 10)
         files.append(path.with_name(f"{path.stem}_{name}.png"))
-        save_png(image_grid(enlarge(to_uint8(x_t).cpu()), 10), files[-1])
+        save_png(image_grid(enlarge(to_uint8(final).cpu()), 10), files[-1])
     return " and ".join(map(str, files))
 
 
@@ -101,11 +111,21 @@ def parse(argv):
     parser.add_argument("--checkpoint", default=str(CHECKPOINT))
     parser.add_argument("--sampler", choices=["dpm++", "ddim", "ddpm"], default="dpm++")
     parser.add_argument("--steps", type=int, default=12, help="network evaluations without guidance (default: 12)")
-    parser.add_argument("--guidance", type=float, default=2.0, help="eps_u + guidance (eps_c - eps_u); 1 = none (default: 2)")
-    parser.add_argument("--interval", type=int, nargs=2, default=[0, 1000], metavar=("FROM", "TO"),
-                        help="guide at times FROM <= t < TO only (default: 0 1000)")
+    parser.add_argument(
+        "--guidance", type=float, default=2.0, help="eps_u + guidance (eps_c - eps_u); 1 = none (default: 2)"
+    )
+    parser.add_argument(
+        "--interval",
+        type=int,
+        nargs=2,
+        default=[0, 1000],
+        metavar=("FROM", "TO"),
+        help="guide at times FROM <= t < TO only (default: 0 1000)",
+    )
     parser.add_argument("--num-per-digit", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=100, help="changes the speed, not the pictures (default: 100)")
+    parser.add_argument(
+        "--batch-size", type=int, default=100, help="changes the speed, not the pictures (default: 100)"
+    )
     parser.add_argument("--grid", metavar="FILE")
     parser.add_argument("--trajectory", metavar="FILE")
     add_device_options(parser)
@@ -126,8 +146,11 @@ def main(argv=None):
     args = parse(argv)
     started = time.time()
     stages = sampler_of(args)
-    written = [write(args, stages) for wanted, write in
-               ((args.out, write_images), (args.grid, write_grids), (args.trajectory, write_trajectory)) if wanted]
+    written = [
+        write(args, stages)
+        for wanted, write in ((args.out, write_images), (args.grid, write_grids), (args.trajectory, write_trajectory))
+        if wanted
+    ]
     print(f"wrote {', '.join(written)} in {time.time() - started:.1f} s, imports not counted")
 
 

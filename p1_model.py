@@ -1,7 +1,7 @@
 """The network of Problem 1: a small U-Net for 28x28 digits, conditional on time, digit and domain.
 
     model = DigitUNet()
-    eps = model(x_t, t, digit, domain)          # [B, 3, 28, 28] in and out, int64 [B] each; digit 10 = no digit
+    v = model(x_t, t, digit, domain)            # [B, 3, 28, 28] in and out, int64 [B] each; digit 10 = no digit
 """
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.register_buffer("frequencies", torch.exp(-math.log(10000) * torch.arange(dim // 2) / (dim // 2)), persistent=False)
+        self.register_buffer(
+            "frequencies", torch.exp(-math.log(10000) * torch.arange(dim // 2) / (dim // 2)), persistent=False
+        )
 
     def forward(self, t):
         angle = t[:, None].float() * self.frequencies
@@ -30,7 +32,8 @@ class TimeEmbedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x)))) * (1 + scale) + shift)), scale and shift from the condition (Dhariwal & Nichol 2021)."""
+    """x + conv(act(norm(conv(act(norm(x)))) * (1 + scale) + shift)), scale and shift from the condition (Dhariwal &
+    Nichol 2021)."""
 
     def __init__(self, c_in, c_out, c_emb):
         super().__init__()
@@ -60,8 +63,9 @@ class Attention(nn.Module):
 
     def forward(self, x, emb):
         b, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)    # [B, heads, 64, HW]
-        weight = (q.transpose(2, 3) @ k * (c // self.heads) ** -0.5).softmax(dim=-1)                    # [B, heads, HW, HW]
+        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w)
+        q, k, v = qkv.unbind(1)                                                     # [B, heads, 64, HW]
+        weight = (q.transpose(2, 3) @ k * (c // self.heads) ** -0.5).softmax(-1)    # [B, heads, HW, HW]
         return x + self.out((v @ weight.transpose(2, 3)).reshape(b, c, h, w))
 
 
@@ -86,11 +90,13 @@ class Up(nn.Conv2d):
 
 
 class DigitUNet(nn.Module):
-    """x_t [B, 3, 28, 28], t, digit (0..9, 10 = none) and domain (0 MNIST-M, 1 SVHN), int64 [B] -> eps or v, [B, 3, 28, 28].
+    """x_t [B, 3, 28, 28], t, digit (0..9, 10 = none) and domain (0 MNIST-M, 1 SVHN), int64 [B] -> eps or v, [B, 3,
+    28, 28].
 
-    The picture enters and leaves as 2x2 pixel blocks (space to depth), so that all layers work at 14x14 and 7x7: four times
-    less work at the finest level, which is what makes it quick on a CPU. Guidance contrasts a digit with no digit *in the same
-    domain*: the domain is always given, since nothing else should push a picture away from its domain's ordinary look.
+    The picture enters and leaves as 2x2 pixel blocks (space to depth), so that all layers work at 14x14 and 7x7:
+    four times less work at the finest level, which is what makes it quick on a CPU. Guidance contrasts a digit with
+    no digit *in the same domain*: the domain is always given, since nothing else should push a picture away from its
+    domain's ordinary look.
     """
 
     def __init__(self, channels=64, deep=192):
@@ -99,24 +105,26 @@ class DigitUNet(nn.Module):
         self.time = nn.Sequential(TimeEmbedding(128), nn.Linear(128, e), nn.SiLU(), nn.Linear(e, e))
         self.digit = nn.Embedding(NO_DIGIT + 1, e)
         self.domain = nn.Embedding(2, e)
-        self.stem = nn.Conv2d(12, c, 3, padding=1)                      # 14x14
+        # fmt: off
+        self.stem = nn.Conv2d(12, c, 3, padding=1)      # 14x14
         self.down = nn.ModuleList([
-            ResBlock(c, c, e),                                 # 14x14, to the skips
-            Down(c, d),                                             # 7x7, to the skips
-            ResBlock(d, d, e),                         # 7x7, to the skips
-        ])
+            ResBlock(c, c, e),                          # 14x14
+            Down(c, d),                                 # 7x7
+            ResBlock(d, d, e),                          # 7x7
+        ])                                              # the stem's and each of these outputs is a skip
         self.middle = nn.ModuleList([
             Attention(d),
             ResBlock(d, d, e),
             Attention(d),
         ])
         self.up = nn.ModuleList([
-            ResBlock(2 * d, d, e),                         # 7x7, with the skip of the last ResBlock
-            ResBlock(2 * d, d, e),                         # 7x7, with that of Down
-            Up(d, c),                                               # 14x14
-            ResBlock(2 * c, c, e),                             # 14x14, with that of the first ResBlock
-            ResBlock(2 * c, c, e),                             # 14x14, with the stem's
+            ResBlock(2 * d, d, e),                      # 7x7, with the skip of the last ResBlock
+            ResBlock(2 * d, d, e),                      # 7x7, with that of Down
+            Up(d, c),                                   # 14x14
+            ResBlock(2 * c, c, e),                      # 14x14, with that of the first ResBlock
+            ResBlock(2 * c, c, e),                      # 14x14, with the stem's
         ])
+        # fmt: on
         self.out = nn.Sequential(nn.GroupNorm(c // 16, c), nn.SiLU(), nn.Conv2d(c, 12, 3, padding=1))
         nn.init.zeros_(self.out[-1].weight)
         nn.init.zeros_(self.out[-1].bias)
@@ -137,29 +145,35 @@ class DigitUNet(nn.Module):
         return F.pixel_shuffle(self.out(x).float(), 2)
 
 
-def reverse_process(model, config, digit, domain, noise, sampler="dpm++", steps=12, scale=2.0, interval=(0, 10**9)):
-    """The sampler's generator of (t, x_t, x_0 prediction), each [B, 3, 28, 28] in [-1, 1], for a batch of digits and domains.
+def eps_model_for(model, config, digit, domain, scale, interval=(0, 10**9)):
+    """The guided eps_model(x_t, t) that the samplers of diffusion.py call, for a batch of digits and domains.
 
-    digit, domain: int64 [B] on the model's device. config: {"objective", "schedule", "T"} as in the checkpoint. noise: as of
-    utils.noise_stream, on the same device. scale and interval: as in diffusion.guided.
+    digit, domain: int64 [B] on the model's device. config: {"objective", "schedule", "T"} as in the checkpoint.
+    scale and interval: as in diffusion.guided.
     """
-    alpha_bar = schedule(config["schedule"], config["T"])
 
     def both(x_t, t):
         none = torch.full_like(digit, NO_DIGIT)
-        return model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([digit, none]), torch.cat([domain, domain])).chunk(2)
+        return model(
+            torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([digit, none]), torch.cat([domain, domain])
+        ).chunk(2)
 
     predict = guided(lambda x_t, t: model(x_t, t, digit, domain), both, scale, interval)
-    if config["objective"] == "v":
-        predict = eps_from_v(predict, alpha_bar)
-    times = timesteps(config["T"], steps)
+    return eps_from_v(predict, schedule(config["schedule"], config["T"])) if config["objective"] == "v" else predict
+
+
+def reverse_process(eps_model, config, noise, sampler="dpm++", steps=12):
+    """The sampler's generator of (t, x_t, x_0 prediction), each [B, 3, 28, 28] in [-1, 1]; noise: as of
+    utils.noise_stream."""
+    alpha_bar, times = schedule(config["schedule"], config["T"]), timesteps(config["T"], steps)
     if sampler == "dpm++":
-        return dpm_solver_pp(predict, noise(), alpha_bar, times)
-    return {"ddim": ddim, "ddpm": ddpm}[sampler](predict, noise(), alpha_bar, times, noise=noise)
+        return dpm_solver_pp(eps_model, noise(), alpha_bar, times)
+    return {"ddim": ddim, "ddpm": ddpm}[sampler](eps_model, noise(), alpha_bar, times, noise=noise)
 
 
 def load_digit_unet(path):
-    """(DigitUNet in eval mode, channels_last, float32; config) of a checkpoint {state_dict, config}; raises UserError."""
+    """(DigitUNet in eval mode, channels_last, float32; config) of a checkpoint {state_dict, config}; raises
+    UserError."""
     checkpoint = load_checkpoint(path)
     if not isinstance(checkpoint, dict) or not {"state_dict", "config"} <= set(checkpoint):
         raise UserError(f"{path}: no state_dict and config in it; it is not a checkpoint of p1_train.py")

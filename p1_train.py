@@ -1,35 +1,35 @@
 """Trains Problem 1: the class- and domain-conditional DDPM on MNIST-M and SVHN.
 
-    python3 p1_train.py --data hw2_data/digits --out runs/p1                    # stops and resumes: run the same line again
-    python3 p1_train.py --out runs/p1 --devices 4 --num_nodes 2                 # DDP, as Lightning does it
+    python3 p1_train.py --data hw2_data/digits --out runs/p1            # the same line again resumes it
+    python3 p1_train.py --out runs/p1 --devices 4 --num_nodes 2         # DDP, as Lightning does it
 
-Leaves in --out: last.ckpt (resumable), best.pt (EMA weights in half precision, the best by accuracy of generated digits; copy
-it to checkpoints/p1_unet.pt) and last.pt (those of the last epoch), samples/*.png, metrics.csv and TensorBoard files.
+Leaves in --out: last.ckpt (resumable), best.pt (EMA weights in half precision, the best by accuracy of generated
+digits; copy it to checkpoints/p1_unet.pt), last.pt (those of the last epoch), samples/*.png, csv/ and tensorboard/.
 """
 from __future__ import annotations
 
 import argparse
 import os
-import pathlib
 import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader
 
 from classifiers import load_classifier, predict
-from diffusion import schedule, training_loss
+from diffusion import run, schedule, training_loss
 from digits import DOMAINS, BalancedDigits
-from p1_model import NO_DIGIT, DigitUNet, reverse_process
+from p1_model import NO_DIGIT, DigitUNet, eps_model_for, reverse_process
 from train_common import add_training_options, lightning_trainer, warmup_cosine
 from utils import autocast, cli, half, image_grid, noise_stream, output_folder, save_checkpoint, save_png, to_uint8
 
 
 class DigitDiffusion(pl.LightningModule):
-    """Algorithm 1 of DDPM on batches (uint8 [B, 3, 28, 28], digit [B], domain [B]), with the digit dropped for guidance."""
+    """Algorithm 1 of DDPM on batches (uint8 [B, 3, 28, 28], digit [B], domain [B]), with the digit dropped for
+    guidance."""
 
     def __init__(self, config, lr, total_steps, drop):
         super().__init__()
@@ -40,8 +40,14 @@ class DigitDiffusion(pl.LightningModule):
     def loss(self, batch, digit, **fixed):
         images, _, domain = batch
         x_0 = images.float() / 127.5 - 1
-        return training_loss(lambda x_t, t: self.model(x_t, t, digit, domain), x_0, self.alpha_bar,
-                             self.config["objective"], self.config["min_snr"], **fixed)
+        return training_loss(
+            lambda x_t, t: self.model(x_t, t, digit, domain),
+            x_0,
+            self.alpha_bar,
+            self.config["objective"],
+            self.config["min_snr"],
+            **fixed,
+        )
 
     def training_step(self, batch, _):
         digit = batch[1].masked_fill(torch.rand(len(batch[1]), device=self.device) < self.drop, NO_DIGIT)
@@ -58,11 +64,14 @@ class DigitDiffusion(pl.LightningModule):
             self.log(f"val_loss_{name}", loss[batch[2] == d].mean(), sync_dist=True)
 
     def configure_optimizers(self):
-        return warmup_cosine(torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.99), weight_decay=0.01), self.total_steps)
+        return warmup_cosine(
+            torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.99), weight_decay=0.01), self.total_steps
+        )
 
 
 class Samples(pl.Callback):
-    """After every epoch, with the EMA weights: a picture of samples, the accuracy of their digits, and the weights themselves.
+    """After every epoch, with the EMA weights: a picture of samples, the accuracy of their digits, and the weights
+    themselves.
 
     It must stand before the EMA callback, which puts the training weights back at the end of the validation.
     """
@@ -81,18 +90,30 @@ class Samples(pl.Callback):
         for part in torch.arange(len(pair)).split(100):
             noise = noise_stream(0, part, (3, 28, 28), device)
             with autocast(device, torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32):
-                for _, x, _ in reverse_process(module.model, config, digit[part].to(device), domain[part].to(device), noise):
-                    pass
-            images.append(to_uint8(x).cpu())
+                eps_model = eps_model_for(
+                    module.model, config, digit[part].to(device), domain[part].to(device), scale=2.0
+                )
+                images.append(to_uint8(run(reverse_process(eps_model, config, noise))).cpu())
         images = torch.cat(images)
-        save_png(image_grid(images[:: self.per_pair // 10][:200], 20), self.out / "samples" / f"{trainer.global_step:07d}.png")
-        right = [(predict(c, images[domain == d]) == digit[domain == d]).float().mean().item() for d, c in enumerate(self.classifiers)]
+        save_png(
+            image_grid(images[:: self.per_pair // 10][:200], 20),
+            self.out / "samples" / f"{trainer.global_step:07d}.png",
+        )
+        right = [
+            (predict(c, images[domain == d]) == digit[domain == d]).float().mean().item()
+            for d, c in enumerate(self.classifiers)
+        ]
         metrics = {f"accuracy_{name}": a for name, a in zip(DOMAINS, right)}
         metrics["accuracy"] = sum(right) / 2
         for name, value in metrics.items():
             module.log(name, value, rank_zero_only=True)
         metrics.update({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_loss")})
-        checkpoint = {"state_dict": half(module.model.state_dict()), "config": config, "step": trainer.global_step, "metrics": metrics}
+        checkpoint = {
+            "state_dict": half(module.model.state_dict()),
+            "config": config,
+            "step": trainer.global_step,
+            "metrics": metrics,
+        }
         save_checkpoint(checkpoint, self.out / "last.pt")
         if metrics["accuracy"] >= self.best:
             self.best = metrics["accuracy"]
@@ -112,10 +133,16 @@ def parse(argv):
     parser.add_argument("--deep", type=int, default=192, help="channels at 7x7 (default: 192)")
     parser.add_argument("--objective", choices=["eps", "v"], default="v")
     parser.add_argument("--schedule", choices=["linear", "cosine"], default="cosine")
-    parser.add_argument("--min-snr", type=float, default=5.0, help="gamma of the min-SNR loss weight; 0 = none (default: 5)")
+    parser.add_argument(
+        "--min-snr", type=float, default=5.0, help="gamma of the min-SNR loss weight; 0 = none (default: 5)"
+    )
     parser.add_argument("--drop", type=float, default=0.15, help="how often the digit is dropped (default: 0.15)")
-    parser.add_argument("--classifiers", nargs=2, metavar=("MNISTM", "SVHN"),
-                        default=["checkpoints/mnistm_classifier.pth", "checkpoints/svhn_classifier.pth"])
+    parser.add_argument(
+        "--classifiers",
+        nargs=2,
+        metavar=("MNISTM", "SVHN"),
+        default=["checkpoints/mnistm_classifier.pth", "checkpoints/svhn_classifier.pth"],
+    )
     add_training_options(parser, out="runs/p1", steps=15000, batch_size=128, lr=1e-3, ema=0.9995)
     return parser.parse_args(argv)
 
@@ -125,18 +152,28 @@ def main(argv=None):
     args = parse(argv)
     out = output_folder(args.out)
     output_folder(out / "samples")
-    config = {"channels": args.channels, "deep": args.deep, "T": 1000, "schedule": args.schedule, "objective": args.objective,
-              "min_snr": args.min_snr or None}
+    config = {
+        "channels": args.channels,
+        "deep": args.deep,
+        "T": 1000,
+        "schedule": args.schedule,
+        "objective": args.objective,
+        "min_snr": args.min_snr or None,
+    }
     train = BalancedDigits(args.data, "train", length=args.epoch_steps * args.batch_size)
     val = BalancedDigits(args.data, "val", length=2000)
     pl.seed_everything(args.seed, verbose=False)
     module = DigitDiffusion(config, args.lr, args.steps, args.drop)
     callbacks = [Samples(out, args.classifiers), EMAWeightAveraging(decay=args.ema, update_starting_at_step=200)]
     trainer = lightning_trainer(args, callbacks)
-    trainer.fit(module, DataLoader(train, args.batch_size, shuffle=True, collate_fn=lambda batch: batch),
-                DataLoader(val, 250, collate_fn=lambda batch: batch), ckpt_path=args.resume_from)
+    trainer.fit(
+        module,
+        DataLoader(train, args.batch_size, shuffle=True, collate_fn=lambda batch: batch),
+        DataLoader(val, 250, collate_fn=lambda batch: batch),
+        ckpt_path=args.resume_from,
+    )
     if trainer.is_global_zero:
-        print(f"step {trainer.global_step} of {args.steps}; wrote {out}/last.ckpt, {out}/best.pt, {out}/last.pt and {out}/samples/")
+        print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,best.pt,last.pt,samples/}}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every training script shares: its options, the learning-rate schedule, and a Lightning trainer that stops and resumes."""
+"""What every training script shares: its options, the learning rate, and a Lightning trainer that stops and resumes."""
 from __future__ import annotations
 
 import math
@@ -9,14 +9,18 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from utils import UserError, add_device_options, pick_device, pick_precision
+from utils import UserError, add_device_options, pick_device, pick_precision, reuse_freed_memory
 
 
 def add_training_options(parser, out, steps, batch_size, lr, ema, epoch_steps=500):
     """The options that every training has, with the defaults of the shipped result."""
     parser.add_argument("--out", default=out, help=f"folder of the run, resumed if last.ckpt is in it (default: {out})")
-    parser.add_argument("--steps", type=int, default=steps, help=f"optimizer steps of the whole training (default: {steps})")
-    parser.add_argument("--epoch-steps", type=int, default=epoch_steps, help="steps between two validations and checkpoints")
+    parser.add_argument(
+        "--steps", type=int, default=steps, help=f"optimizer steps of the whole training (default: {steps})"
+    )
+    parser.add_argument(
+        "--epoch-steps", type=int, default=epoch_steps, help="steps between two validations and checkpoints"
+    )
     parser.add_argument("--batch-size", type=int, default=batch_size, help=f"a device (default: {batch_size})")
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--ema", type=float, default=ema, help="decay of the weights' moving average, a step")
@@ -28,7 +32,8 @@ def add_training_options(parser, out, steps, batch_size, lr, ema, epoch_steps=50
 
 
 def warmup_cosine(optimizer, total_steps, warmup=200):
-    """Lightning's dictionary of an optimizer whose learning rate rises linearly for `warmup` steps, then falls to 0 on a cosine."""
+    """Lightning's dictionary of an optimizer whose learning rate rises linearly for `warmup` steps, then falls to 0
+    on a cosine."""
 
     def factor(step):
         if step < warmup:
@@ -40,7 +45,8 @@ def warmup_cosine(optimizer, total_steps, warmup=200):
 
 
 class SeedEpochs(pl.Callback):
-    """Seeds every epoch and process from (seed, epoch, rank), so that a resumed training draws what an uninterrupted one draws."""
+    """Seeds every epoch and process from (seed, epoch, rank), so that a resumed training draws what an uninterrupted
+    one draws."""
 
     def __init__(self, seed):
         self.seed = seed
@@ -51,6 +57,7 @@ class SeedEpochs(pl.Callback):
 
 def lightning_trainer(args, callbacks):
     """A Trainer for the options above. Sets args.resume_from to the run's last.ckpt where there is one."""
+    reuse_freed_memory()
     out = pathlib.Path(args.out)
     last = out / "last.ckpt"
     args.resume_from = str(last) if last.is_file() else None
@@ -69,9 +76,21 @@ def lightning_trainer(args, callbacks):
     else:
         loggers.append(TensorBoardLogger(out, name="", version="tensorboard"))
     return pl.Trainer(
-        accelerator={"cuda": "gpu"}.get(device.type, device.type), devices=args.devices if device.index is None else [device.index],
-        num_nodes=args.num_nodes, precision={torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}[dtype],
-        max_steps=args.steps, max_time=args.max_time, gradient_clip_val=1.0, logger=loggers, default_root_dir=out,
-        callbacks=[*callbacks, SeedEpochs(args.seed), ModelCheckpoint(out, save_last=True, save_top_k=0, save_on_train_epoch_end=True)],
-        num_sanity_val_steps=0, log_every_n_steps=20, enable_model_summary=False,
+        accelerator={"cuda": "gpu"}.get(device.type, device.type),
+        devices=args.devices if device.index is None else [device.index],
+        num_nodes=args.num_nodes,
+        precision={torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}[dtype],
+        max_steps=args.steps,
+        max_time=args.max_time,
+        gradient_clip_val=1.0,
+        logger=loggers,
+        default_root_dir=out,
+        callbacks=[
+            *callbacks,
+            SeedEpochs(args.seed),
+            ModelCheckpoint(out, save_last=True, save_top_k=0, save_on_train_epoch_end=True),
+        ],
+        num_sanity_val_steps=0,
+        log_every_n_steps=20,
+        enable_model_summary=False,
     )

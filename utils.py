@@ -1,4 +1,4 @@
-"""Ground floor, shared by every script: the noise schedule of the course, device and precision, seeds, checkpoints, image files.
+"""Ground floor, shared by every script: the course's betas, device, precision, seeds, checkpoints, image files.
 
     from utils import UserError, cli, load_checkpoint, noise_stream, pick_device, pick_precision
 """
@@ -26,7 +26,8 @@ class UserError(Exception):
 
 
 def cli(main):
-    """Decorator of a script's main(): a UserError or a failed file operation ends with one line on stderr and exit code 2."""
+    """Decorator of a script's main(): a UserError or a failed file operation ends with one line on stderr and exit
+    code 2."""
 
     @functools.wraps(main)
     def run(*args, **kwargs):
@@ -45,7 +46,7 @@ def cli(main):
     return run
 
 
-# ---------------------------------------------------------------------------------------------------- noise schedule and seeds
+# ------------------------------------------------------------------------ noise schedule and seeds
 
 
 def beta_scheduler(n_timestep=1000, linear_start=1e-4, linear_end=2e-2):
@@ -62,14 +63,14 @@ def seed_everything(seed):
 def noise_stream(seed, indices, shape, device="cpu"):
     """A function that draws standard normal noise [len(indices), *shape], each picture from its own CPU generator.
 
-    Picture i uses the seed `seed + i`, so that it is the same on any device and in any batch. The first call gives x_T, later
-    calls the noise of a stochastic sampler's steps.
+    Picture i uses the seed `seed + i`, so that it is the same on any device and in any batch. The first call gives
+    x_T, later calls the noise of a stochastic sampler's steps.
     """
     generators = [torch.Generator().manual_seed(seed + int(i)) for i in indices]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
-# ---------------------------------------------------------------------------------------------------- device and precision
+# ------------------------------------------------------------------------ device and precision
 
 
 def add_device_options(parser, seed=0):
@@ -89,7 +90,9 @@ def pick_device(name="auto"):
     except RuntimeError:
         raise UserError(f"--device {name}: no such device; take cpu, cuda or mps") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; take --device cpu")
+        raise UserError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; take --device cpu"
+        )
     return device
 
 
@@ -124,12 +127,13 @@ def pick_precision(name, device):
 
 
 def reuse_freed_memory():
-    """Has glibc keep large freed blocks for the next layer, instead of giving them back to the system and having them zeroed
-    and mapped anew: 15 % of the face U-Net's time on a CPU. Without glibc, nothing happens."""
+    """Has glibc keep large freed blocks for the next layer, instead of giving them back to the system and having
+    them zeroed and mapped anew: 15 % of the face U-Net's time on a CPU, a fifth of a training step of Problem 1.
+    Without glibc, nothing happens."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)                                                 # M_MMAP_MAX: no block in a mapping of its own
-        libc.mallopt(-1, 2**31 - 1)                                         # M_TRIM_THRESHOLD: the heap does not shrink
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block in a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def autocast(device, dtype):
@@ -139,12 +143,13 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype)
 
 
-# ---------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------ files
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """Gives a temporary path beside `path`, renamed to it on success and removed on failure: no half-written file stays."""
+    """Gives a temporary path beside `path`, renamed to it on success and removed on failure: no half-written file
+    stays."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -193,12 +198,25 @@ def image_grid(images, columns, pad=2):
     return sheet
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------ checkpoints
 
 _SAFE_GLOBALS = {
     "collections": {"OrderedDict", "defaultdict"},
     "torch._utils": {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"},
-    "torch": {"Size", "device", "float16", "float32", "float64", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "bool"},
+    "torch": {
+        "Size",
+        "device",
+        "float16",
+        "float32",
+        "float64",
+        "bfloat16",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "bool",
+    },
     "torch.serialization": {"_get_layout"},
     "torch.nn.parameter": {"Parameter"},
     "torch.storage": {"_TypedStorage", "TypedStorage", "UntypedStorage", "_UntypedStorage"},
@@ -259,9 +277,10 @@ _safe_pickle.load = lambda f, **kwargs: _SafeUnpickler(f, **kwargs).load()
 def load_checkpoint(path, map_location="cpu"):
     """Reads a torch or Lightning checkpoint, of torch 1.x or 2.x, without ever running code that it may carry.
 
-    torch.load's `weights_only` is missing before torch 1.13 and refuses Lightning's objects later, so the pickle is read with an
-    unpickler of our own: tensors, numbers, strings and containers are built, trainer objects become empty stand-ins, and any
-    other name (os.system, say) is refused. Raises UserError, in one line, for a missing, truncated, foreign or hostile file.
+    torch.load's `weights_only` is missing before torch 1.13 and refuses Lightning's objects later, so the pickle is
+    read with an unpickler of our own: tensors, numbers, strings and containers are built, trainer objects become
+    empty stand-ins, and any other name (os.system, say) is refused. Raises UserError, in one line, for a missing,
+    truncated, foreign or hostile file.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -270,16 +289,30 @@ def load_checkpoint(path, map_location="cpu"):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if any(n.endswith("constants.pkl") for n in archive.namelist()):
-                    raise UserError(f"{path}: a TorchScript archive, not a checkpoint; save a state dict with torch.save instead")
+                    raise UserError(
+                        f"{path}: a TorchScript archive, not a checkpoint; save a state dict with torch.save instead"
+                    )
         options = {"weights_only": False} if torch_version() >= (1, 13) else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location=map_location, pickle_module=_safe_pickle, **options)
     except pickle.UnpicklingError as e:
         if "it asks for" in str(e):
-            raise UserError(f"{path}: refused, the checkpoint would run code: {e}; get it from a source you trust") from None
+            raise UserError(
+                f"{path}: refused, the checkpoint would run code: {e}; get it from a source you trust"
+            ) from None
         raise UserError(f"{path}: not a checkpoint, or a damaged one ({e}); fetch or train it again") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, UnicodeDecodeError, zipfile.BadZipFile) as e:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+        UnicodeDecodeError,
+        zipfile.BadZipFile,
+    ) as e:
         reason = str(e).split("\n")[0][:120]
         raise UserError(f"{path}: not a checkpoint, or a damaged one ({reason}); fetch or train it again") from None
 
@@ -296,18 +329,17 @@ def half(state_dict):
 
 
 def load_weights(model, state_dict, path):
-    """Strict load_state_dict of tensors of any precision; raises UserError naming the first key that is missing, foreign or misshapen."""
-    own = model.state_dict()
+    """Strict load_state_dict of tensors of any precision; raises UserError naming the first key that is missing,
+    foreign or misshapen."""
+    own, net = model.state_dict(), type(model).__name__
     for key, value in own.items():
         if key not in state_dict:
-            raise UserError(f"{path}: lacks the key {key}; it is a checkpoint of another network than {type(model).__name__}")
-        if tuple(state_dict[key].shape) != tuple(value.shape):
-            raise UserError(
-                f"{path}: {key} has shape {tuple(state_dict[key].shape)} where {type(model).__name__} has {tuple(value.shape)}; "
-                "it is a checkpoint of another network"
-            )
+            raise UserError(f"{path}: lacks the key {key}; it is a checkpoint of another network than {net}")
+        given, wanted = tuple(state_dict[key].shape), tuple(value.shape)
+        if given != wanted:
+            raise UserError(f"{path}: {key} has shape {given} where {net} has {wanted}; it is of another network")
     foreign = [k for k in state_dict if k not in own]
     if foreign:
-        raise UserError(f"{path}: the key {foreign[0]} is unknown; it is a checkpoint of another network than {type(model).__name__}")
+        raise UserError(f"{path}: the key {foreign[0]} is unknown; it is a checkpoint of another network than {net}")
     model.load_state_dict(state_dict)
     return model

