@@ -304,6 +304,7 @@ def load_checkpoint(path, map_location="cpu"):
         raise UserError(f"{path}: not a checkpoint, or a damaged one ({e}); fetch or train it again") from None
     except (
         RuntimeError,
+        OSError,
         EOFError,
         ValueError,
         KeyError,
