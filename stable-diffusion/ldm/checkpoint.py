@@ -1,8 +1,9 @@
 """Reading checkpoints safely and in little memory.
 
-A torch checkpoint is a zip of a pickle, which may run any code when it is read, and of raw tensor data. The pickle is read here
-with an unpickler that builds only containers, numbers and descriptions of tensors; the tensors follow one by one, as they are
-asked for. Objects of trainers (Lightning, OmegaConf ...) become inert stand-ins: their packages are never imported.
+A torch checkpoint is a zip of a pickle, which may run any code when it is read, and of raw tensor data. The pickle is
+read here with an unpickler that builds only containers, numbers and descriptions of tensors; the tensors follow one by
+one, as they are asked for. Objects of trainers (Lightning, OmegaConf ...) become inert stand-ins: their packages are
+never imported.
 """
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import io
 import json
 import pathlib
 import pickle
+import re
 import struct
 import zipfile
 
@@ -21,12 +23,12 @@ from tqdm import tqdm
 
 from ldm.util import ModelError
 
-_DTYPES = {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64,
-           "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}
-_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-                       "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-_INERT_PACKAGES = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "omegaconf", "numpy", "argparse",
-                   "pathlib", "transformers", "ldm"}
+# precision: (its name in torch's files, its name in safetensors)
+_NAMES = {torch.float64: ("Double", "F64"), torch.float32: ("Float", "F32"), torch.float16: ("Half", "F16"),
+          torch.bfloat16: ("BFloat16", "BF16"), torch.int64: ("Long", "I64"), torch.int32: ("Int", "I32"),
+          torch.int16: ("Short", "I16"), torch.int8: ("Char", "I8"), torch.uint8: ("Byte", "U8"),
+          torch.bool: ("Bool", "BOOL")}
+_DTYPES, _SAFETENSORS_DTYPES = ({names[i]: dtype for dtype, names in _NAMES.items()} for i in range(2))
 
 
 class StoredTensor:
@@ -38,29 +40,23 @@ class StoredTensor:
     def load(self):
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=self.dtype)
-        return torch.frombuffer(self.read(), dtype=self.dtype).as_strided(self.shape, self.stride, self.offset).contiguous()
+        flat = torch.frombuffer(self.read(), dtype=self.dtype)
+        return flat.as_strided(self.shape, self.stride, self.offset).contiguous()
 
 
 class Inert:
     """Stands for an object whose class is not wanted: takes any argument, keeps the state, does nothing."""
 
     def __init__(self, *args, **kwargs):
-        self.items = {}
-
-    def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
+        pass
 
     def __setstate__(self, state):
         self.state = state
 
-    def __setitem__(self, key, value):
-        self.__dict__.setdefault("items", {})[key] = value
-
-    def append(self, value):
+    def extend(self, *values):
         pass
 
-    def extend(self, values):
-        pass
+    append = __setitem__ = extend
 
 
 def _rebuild_tensor(storage, offset, shape, stride, *unused):
@@ -69,6 +65,16 @@ def _rebuild_tensor(storage, offset, shape, stride, *unused):
 
 def _rebuild_parameter(tensor, *unused):
     return tensor
+
+
+_BUILT = {
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor, ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter, ("torch", "Size"): tuple, ("torch", "device"): Inert,
+    ("collections", "OrderedDict"): collections.OrderedDict, ("__builtin__", "set"): set,
+    **{("builtins", t.__name__): t for t in (dict, list, tuple, set, int, float, bool, str)},
+}
+_INERT_PACKAGES = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "omegaconf", "numpy",
+                   "argparse", "pathlib", "typing", "transformers", "ldm", "collections", "_codecs"}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -81,23 +87,13 @@ class _Unpickler(pickle.Unpickler):
         return (lambda: self.open_storage(key)), dtype
 
     def find_class(self, module, name):
-        if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
-        if module == "torch._utils" and name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
-            return _rebuild_parameter
+        if (module, name) in _BUILT:
+            return _BUILT[module, name]
         if module == "torch" and name.endswith("Storage") and name[:-7] in _DTYPES:
             return _DTYPES[name[:-7]]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if (module, name) in (("torch", "Size"), ("torch", "device")):
-            return tuple
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) in (("builtins", "set"), ("__builtin__", "set")):
-            return set
-        if (module, name) == ("_codecs", "encode"):         # how Python 3 writes bytes in Python 2's protocol
-            return Inert
-        if module.split(".")[0] in _INERT_PACKAGES or module.startswith("torch.nn.modules.") or module == "collections":
+        if module.split(".")[0] in _INERT_PACKAGES or module.startswith("torch.nn.modules."):
             return Inert
         raise pickle.UnpicklingError(f"it would run {module}.{name}")
 
@@ -124,8 +120,8 @@ def read_checkpoint(path):
             raise ModelError(f"{path}: refused, {e} when opened; get the checkpoint from a source you trust") from None
         raise ModelError(f"{path}: damaged ({e}); fetch it again") from None
     except Exception as e:          # a damaged pickle may fail in any way at all
-        raise ModelError(f"{path}: damaged, or not a checkpoint ({type(e).__name__}: {str(e)[:80]}); fetch it again") from None
-    raise ModelError(f"{path}: neither a torch checkpoint (1.6 or newer) nor safetensors; if it was a download, fetch it again")
+        raise ModelError(f"{path}: damaged, or not a checkpoint ({type(e).__name__}: {str(e)[:80]})") from None
+    raise ModelError(f"{path}: neither a torch checkpoint (of 1.6 or newer) nor safetensors; a broken download?")
 
 
 def _read_zip(path):
@@ -169,7 +165,8 @@ def _read_safetensors(path):
         stride = [1] * len(shape)
         for i in reversed(range(len(shape) - 1)):
             stride[i] = stride[i + 1] * shape[i + 1]
-        tensors[name] = StoredTensor(reader(*entry["data_offsets"]), _SAFETENSORS_DTYPES[entry["dtype"]], shape, stride, 0)
+        dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
+        tensors[name] = StoredTensor(reader(*entry["data_offsets"]), dtype, shape, stride, 0)
     return tensors
 
 
@@ -194,14 +191,14 @@ def read_state_dict(path):
 def load_weights(model, path, device="cpu", dtype=torch.float32):
     """Puts the weights of a checkpoint into a LatentDiffusion, one tensor at a time, and moves them to `device`.
 
-    U-Net and autoencoder become `dtype`, with convolutions in channels_last; the rest keeps its own precision. What the file has beyond
-    the model (averaged copies, losses) is left out; ModelError where it lacks a weight, or has another shape.
+    U-Net and autoencoder become `dtype`, with convolutions in channels_last; the rest keeps its own precision. What the
+    file has beyond the model (averaged copies, losses) is left out. ModelError where it lacks a weight, or one has
+    another shape.
     """
     stored = read_state_dict(path)
     own = model.state_dict(keep_vars=True)
     text = "cond_stage_model.transformer."
-    stored = {text + "text_model." + k[len(text):] if k.startswith(text) and not k.startswith(text + "text_model.") else k: v
-              for k, v in stored.items()}
+    stored = {re.sub(rf"^{text}(?!text_model\.)", f"{text}text_model.", k): v for k, v in stored.items()}
     may_lack = set(model.schedule_names) | {k for k in own if k.endswith("position_ids")}
     for name, target in own.items():
         if name not in stored and name not in may_lack:
@@ -217,10 +214,6 @@ def load_weights(model, path, device="cpu", dtype=torch.float32):
 
 
 def fingerprint(module):
-    """Sixteen hexadecimal digits that name the weights of a text encoder, the same for a float32 file and its half-precision copy."""
-    digest = hashlib.sha256()
-    embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding)]
-    for weight in (m.weight.detach() for m in embeddings):
-        digest.update(str(tuple(weight.shape[1:])).encode())
-        digest.update(weight[:64].half().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """Sixteen hexadecimal digits that name a text encoder's weights, the same in float32 and float16."""
+    rows = [m.weight.detach()[:64] for m in module.modules() if isinstance(m, nn.Embedding)]
+    return hashlib.sha256(b"".join(r.half().cpu().numpy().tobytes() for r in rows)).hexdigest()[:16]

@@ -5,9 +5,9 @@ import bisect
 
 
 class LambdaLinearScheduler:
-    """A factor of the learning rate, for torch.optim.lr_scheduler.LambdaLR: cycles of a linear warm-up and a linear decay.
+    """A factor of the learning rate for torch.optim.lr_scheduler.LambdaLR: cycles of linear warm-up and linear decay.
 
-    Cycle i lasts cycle_lengths[i] steps: from f_start[i] to f_max[i] over warm_up_steps[i], then to f_min[i] at its end.
+    Cycle i lasts cycle_lengths[i] steps: f_start[i] to f_max[i] over warm_up_steps[i], then to f_min[i] at its end.
     """
 
     def __init__(self, warm_up_steps, f_min, f_max, f_start, cycle_lengths, verbosity_interval=0):

@@ -49,8 +49,9 @@ def read_config(path):
 def load_model(config, ckpt, device="cpu", dtype=torch.float32):
     """The model of a config (a path, or its OmegaConf) with the weights of `ckpt`: frozen, in eval mode, on `device`.
 
-    Network and autoencoder are in `dtype`, the text encoder in float32: its share of the time is small, and learned embeddings
-    want its precision. Weights go tensor by tensor from the file to their place, so that memory peaks at the model's own size.
+    Network and autoencoder are in `dtype`, the text encoder in float32: its share of the time is small, and learned
+    embeddings want its precision. Weights go tensor by tensor from the file to their place: memory peaks at the model's
+    own size.
     """
     from ldm.checkpoint import load_weights
 
@@ -64,15 +65,14 @@ def load_model(config, ckpt, device="cpu", dtype=torch.float32):
 
 @contextlib.contextmanager
 def uninitialised():
-    """Layers built inside are left as the allocator gives them: no time spent, no page touched, until weights are loaded."""
-    layers = [nn.Linear, nn.Conv2d]
-    before = [layer.reset_parameters for layer in layers]
+    """Layers built inside are left as the allocator gives them: no time spent, no page touched before weights come."""
+    before = {layer: layer.reset_parameters for layer in (nn.Linear, nn.Conv2d)}
     try:
-        for layer in layers:
+        for layer in before:
             layer.reset_parameters = lambda self: None
         yield
     finally:
-        for layer, method in zip(layers, before):
+        for layer, method in before.items():
             layer.reset_parameters = method
 
 
@@ -90,9 +90,9 @@ def free_memory(device):
 
 
 def seeded_noise(seed, indices, shape):
-    """A function that draws normal noise [len(indices), *shape] on the CPU, image i from a generator with the seed `seed + i`.
+    """A function that draws normal noise [len(indices), *shape] on the CPU, image i from a generator seeded `seed + i`.
 
-    The first call gives x_T, later ones the noise of a stochastic sampler: the same picture in any batch and on any device.
+    The first call gives x_T, later ones a stochastic sampler's noise: the same picture in any batch and on any device.
     """
     generators = [torch.Generator().manual_seed(seed + int(i)) for i in indices]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators])

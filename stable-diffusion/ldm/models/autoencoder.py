@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
@@ -14,12 +15,11 @@ TILE, OVERLAP = 64, 16      # of the tiled decoder, in latent pixels
 class AutoencoderKL(nn.Module):
     """encode: images [B, 3, H, W] in [-1, 1] -> posterior over [B, embed_dim, H/f, W/f]; decode: the way back.
 
-    Both take one image at a time, which bounds memory and keeps a picture independent of its batch. `lossconfig`, `monitor` and
-    the like belong to training the autoencoder and are not used.
+    Both take one image at a time, which bounds memory and keeps a picture independent of its batch. `training` is what
+    configs say on training the autoencoder (lossconfig, monitor ...); it is not used.
     """
 
-    def __init__(self, ddconfig, embed_dim, lossconfig=None, monitor=None, ckpt_path=None, ignore_keys=(), image_key="image",
-                 colorize_nlabels=None):
+    def __init__(self, ddconfig, embed_dim, **training):
         super().__init__()
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
@@ -27,23 +27,18 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         self.factor = 2 ** (len(ddconfig["ch_mult"]) - 1)
-        self.widest = ddconfig["ch"] * max(ddconfig["ch_mult"][:2])                  # channels of the largest feature map
+        self.widest = ddconfig["ch"] * max(ddconfig["ch_mult"][:2])          # channels of the largest feature map
 
     def encode(self, x):
         moments = torch.cat([self.quant_conv(self.encoder(image)) for image in x.split(1)])
         return DiagonalGaussianDistribution(moments.float())
 
     def decode(self, z, tiled=None):
-        """Latents [B, embed_dim, h, w] -> images. `tiled` None: in overlapping tiles only where memory does not hold a whole image."""
+        """Latents [B, embed_dim, h, w] -> images; `tiled` None: in tiles only where memory is short."""
         if tiled is None:
             tiled = self._decode_bytes(z) > 0.9 * free_memory(z.device)
         decode = self._decode_tiled if tiled else self._decode_whole
         return torch.cat([decode(latent) for latent in z.split(1)])
-
-    def forward(self, x, sample_posterior=True):
-        posterior = self.encode(x)
-        z = posterior.sample() if sample_posterior else posterior.mode()
-        return self.decode(z.to(x.dtype)), posterior
 
     def _decode_whole(self, z):
         return self.decoder(self.post_quant_conv(z))
@@ -54,21 +49,19 @@ class AutoencoderKL(nn.Module):
         return 4 * self.widest * pixels * z.element_size()
 
     def _decode_tiled(self, z):
-        """Tiles of 64 x 64 latents that overlap by 16, blended linearly: the memory of one tile, whatever the image's size."""
+        """Tiles of 64 x 64 latents that overlap by 16, blended linearly: the memory of one tile for any size."""
         height, width = z.shape[2:]
         image = weight = 0
         for y in _tile_starts(height):
             for x in _tile_starts(width):
                 tile = self._decode_whole(z[:, :, y : y + TILE, x : x + TILE]).float()
-                ramp = _ramp(tile.shape[2], self.factor)[:, None] * _ramp(tile.shape[3], self.factor)[None]
-                ramp = ramp.to(tile.device)
-                if isinstance(image, int):
-                    image = tile.new_zeros(1, tile.shape[1], height * self.factor, width * self.factor)
-                    weight = torch.zeros_like(image[:, :1])
-                window = (..., slice(y * self.factor, y * self.factor + tile.shape[2]),
-                          slice(x * self.factor, x * self.factor + tile.shape[3]))
-                image[window] += tile * ramp
-                weight[window] += ramp
+                rows, columns = (_ramp(size, self.factor).to(tile.device) for size in tile.shape[2:])
+                ramp = rows[:, None] * columns
+                left, top = x * self.factor, y * self.factor
+                right, bottom = width * self.factor - left - tile.shape[3], height * self.factor - top - tile.shape[2]
+                margins = (left, right, top, bottom)
+                image = image + F.pad(tile * ramp, margins)
+                weight = weight + F.pad(ramp, margins)
         return (image / weight).to(z.dtype)
 
 

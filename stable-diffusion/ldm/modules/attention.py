@@ -1,4 +1,4 @@
-"""Attention and the transformer block that lets the network read a prompt (Rombach et al. 2022, section 3.3 and appendix E.2.1)."""
+"""Attention, and the transformer by which the network reads a prompt (Rombach et al. 2022, section 3.3)."""
 from __future__ import annotations
 
 import torch
@@ -9,7 +9,7 @@ SCORES = 2**26      # attention scores held at a time where torch has no fused a
 
 
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1): q [B, heads, N, d], k and v [B, heads, M, d] -> [B, heads, N, d]."""
+    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1): q [B, heads, N, d]; k, v [B, heads, M, d] -> as q."""
     if hasattr(F, "scaled_dot_product_attention"):
         return F.scaled_dot_product_attention(q, k, v)
     return sliced_attention(q, k, v)
@@ -64,7 +64,7 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Attention among the pixels, attention to the prompt, feed-forward; each after a layer norm and added to its input."""
+    """Attention among the pixels, attention to the prompt, feed-forward: each after a layer norm and with a skip."""
 
     def __init__(self, dim, n_heads, d_head, dropout=0.0, context_dim=None):
         super().__init__()
@@ -80,7 +80,7 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map: x [B, C, H, W], context [B, M, context_dim] -> [B, C, H, W]."""
+    """Transformer blocks over the pixels of a feature map: x [B, C, H, W], context [B, M, context_dim] -> as x."""
 
     def __init__(self, in_channels, n_heads, d_head, depth=1, dropout=0.0, context_dim=None):
         super().__init__()
@@ -94,8 +94,8 @@ class SpatialTransformer(nn.Module):
     def forward(self, x, context=None):
         h = self.proj_in(self.norm(x))
         height, width = h.shape[2:]
-        h = h.permute(0, 2, 3, 1).flatten(1, 2)                                      # [B, H*W, C]; no copy in channels_last
+        h = h.permute(0, 2, 3, 1).flatten(1, 2)                             # [B, H*W, C]; no copy in channels_last
         for block in self.transformer_blocks:
             h = block(h, context)
-        h = h.unflatten(1, (height, width)).permute(0, 3, 1, 2)                      # [B, C, H, W]
+        h = h.unflatten(1, (height, width)).permute(0, 3, 1, 2)             # [B, C, H, W]
         return x + self.proj_out(h)

@@ -16,6 +16,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AddedToken
 
 from ldm.checkpoint import StoredTensor, fingerprint, load_tensor, read_checkpoint
 from ldm.util import ModelError
@@ -24,11 +25,11 @@ METADATA = ("init_word", "base_model", "step", "scores")
 
 
 class LearnedTokens(nn.Module):
-    """One or several learned vectors for each placeholder, in float32; `parameters()` are these vectors and nothing else.
+    """One or several learned vectors for each placeholder, in float32; `parameters()` are these vectors, nothing else.
 
-    The text encoder's table stays as it is, bit for bit: the patch adds the placeholders to the tokenizer, has them spelt out
-    as several ids where they have several vectors, and answers the lookup of these ids, so that gradients reach the vectors
-    through the frozen encoder. The encoder's state dict does not change. `detach()` ends the patch.
+    The text encoder's table stays as it is, bit for bit: the patch adds the placeholders to the tokenizer, has them
+    spelt out as several ids where they have several vectors, and answers the lookup of these ids, so that gradients
+    reach the vectors through the frozen encoder. The encoder's state dict does not change. `detach()` ends the patch.
     """
 
     def __init__(self, embedder):
@@ -85,7 +86,7 @@ class LearnedTokens(nn.Module):
         return [p for p in re.findall(r"<[^<>\s|]+>", prompt) if p not in self.tokens]
 
     def initial(self, words, vectors=1):
-        """Vectors [vectors, dim] to start from: one is the mean of all words, several are one for each word, in turns."""
+        """Vectors [vectors, dim] to start from: one is the mean of all words, several are the words' own, in turns."""
         words = words.replace(",", " ").split() if isinstance(words, str) else list(words)
         ids = [self.embedder.tokenizer(w, add_special_tokens=False)["input_ids"] for w in words]
         if not words or not all(ids):
@@ -98,22 +99,26 @@ class LearnedTokens(nn.Module):
         return torch.stack([means[i % len(means)] for i in range(vectors)]).cpu()
 
     def add(self, token, vectors, **metadata):
-        """A placeholder with the vectors [n, dim] (or [dim]) to start from. ModelError for a wrong width, and for a word that exists."""
+        """A placeholder with the vectors [n, dim] (or [dim]) to start from.
+
+        ModelError for vectors of another width, and for a word that the tokenizer has already.
+        """
         vectors = torch.as_tensor(vectors).detach().float()
         vectors = vectors[None] if vectors.dim() == 1 else vectors
         if vectors.dim() != 2 or vectors.shape[1] != self.dim or not len(vectors) or not vectors.isfinite().all():
-            raise ModelError(f"{token}: its vectors are {list(vectors.shape)}, or not finite; the text encoder takes [n, {self.dim}]")
+            raise ModelError(f"{token}: its vectors are {list(vectors.shape)}, or not finite; "
+                             f"this text encoder takes [n, {self.dim}]")
         if len(vectors) > self.embedder.max_length - 2:
-            raise ModelError(f"{token}: {len(vectors)} vectors do not fit into a prompt of {self.embedder.max_length} tokens")
+            raise ModelError(f"{token}: {len(vectors)} vectors are more than a prompt holds")
         tokenizer = self.embedder.tokenizer
-        names = [token] + [f"{token}_{i}" for i in range(1, len(vectors))]          # diffusers names further vectors so, too
+        names = [token] + [f"{token}_{i}" for i in range(1, len(vectors))]                  # as diffusers names them
         vocabulary = tokenizer.get_vocab()
         for name in names:
             if name in vocabulary or f"{name.lower()}</w>" in vocabulary:
                 raise ModelError(f"{name!r} is a word of the vocabulary already; take a new one such as <new1>")
             if not name or name != "".join(name.split()):
                 raise ModelError(f"{name!r} is no placeholder: take one word, such as <new1>")
-        tokenizer.add_tokens([_added(name) for name in names])
+        tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])        # <New1> is not <new1>
         ids = tokenizer.convert_tokens_to_ids(names)
         self.embedder.expansions[ids[0]] = ids
         self.rows.append(nn.Parameter(vectors.clone().to(self.table.weight.device)))
@@ -124,19 +129,17 @@ class LearnedTokens(nn.Module):
     # ------------------------------------------------------------------------------------------------ files
 
     def save(self, path, tokens=None, **metadata):
-        """Writes {token: float32 [vectors, dim]} with init_word, base_model, step, scores, under a temporary name first.
+        """Writes {token: float32 [vectors, dim]} with init_word, base_model, step, scores, to a temporary name first.
 
-        `metadata` is written as it is; what was given to `add` is written for each token; `base_model` is filled in. It is the
-        layout of diffusers' learned_embeds.bin, with more entries.
+        `metadata` is written as it is, as is what was given to `add`; `base_model` is filled in. The layout is that of
+        diffusers' learned_embeds.bin, with more entries.
         """
         path = pathlib.Path(path)
         tokens = self.tokens if tokens is None else list(tokens)
         content = {token: self[token].detach().float().cpu().clone() for token in tokens}
-        kept = {key for token in tokens for key in self.metadata[token]}
-        if len(tokens) == 1:
-            content.update(self.metadata[tokens[0]])
-        else:
-            content.update({key: {t: self.metadata[t][key] for t in tokens if key in self.metadata[t]} for key in kept})
+        for key in {key for token in tokens for key in self.metadata[token]}:
+            values = {token: self.metadata[token][key] for token in tokens if key in self.metadata[token]}
+            content[key] = values if len(tokens) > 1 else values[tokens[0]]
         content.update({"base_model": self.base_model, **metadata})
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -147,12 +150,12 @@ class LearnedTokens(nn.Module):
                 temporary.unlink()
 
     def load(self, path, token=None):
-        """Adds the placeholders of a file (see read_embeddings), one of them under the name `token` if given; returns their names."""
+        """Adds the placeholders of a file (see read_embeddings), its only one as `token` if given: their names."""
         embeddings, metadata = read_embeddings(path)
         if token is not None:
             if len(embeddings) != 1:
-                raise ModelError(f"{path}: holds {len(embeddings)} tokens ({', '.join(embeddings)}), which cannot all be {token}")
-            embeddings = {token: v for v in embeddings.values()}
+                raise ModelError(f"{path}: holds {', '.join(embeddings)}, which cannot all be {token}")
+            embeddings = dict.fromkeys([token], *embeddings.values())
         base = metadata.get("base_model")
         if base is not None and base != self.base_model:
             warnings.warn(f"{path}: learned with another text encoder ({base}, here {self.base_model})", stacklevel=2)
@@ -165,17 +168,11 @@ class LearnedTokens(nn.Module):
         return list(embeddings)
 
 
-def _added(name):
-    from transformers import AddedToken
-
-    return AddedToken(name, normalized=False)                   # <New1> is not <new1>, in any version
-
-
 def read_embeddings(path):
-    """({token: float32 [vectors, dim]}, {init_word, base_model, step, scores}) of an embedding file; nothing in it is run.
+    """({token: float32 [vectors, dim]}, {init_word, base_model, step, scores}) of an embedding file; it runs no code.
 
-    Formats: ours; diffusers' learned_embeds.bin or .safetensors ({token: tensor}); automatic1111's .pt and .safetensors (the token is the
-    entry "name", or the file's name); rinongal's embeddings.pt (string_to_param: its own placeholder, usually *).
+    Formats: ours; diffusers' learned_embeds.bin or .safetensors ({token: tensor}); automatic1111's .pt and .safetensors
+    (the token is the entry "name", or the file's name); rinongal's embeddings.pt (the placeholder is usually *).
     """
     content = read_checkpoint(path)
     if not isinstance(content, dict):
@@ -183,11 +180,12 @@ def read_embeddings(path):
     parameters = content.get("string_to_param", content)
     state = getattr(parameters, "state", None)                  # a pickled nn.ParameterDict
     if state is not None:
-        parameters = {**state, **state.get("_parameters", {})} if isinstance(state, dict) else {}
-    found = {str(k): v for k, v in parameters.items() if isinstance(v, StoredTensor)} if isinstance(parameters, dict) else {}
+        parameters = {**state, **state.get("_parameters", {})} if isinstance(state, dict) else None
+    parameters = parameters if isinstance(parameters, dict) else {}
+    found = {str(k): v for k, v in parameters.items() if isinstance(v, StoredTensor)}
     if len(found) == 1 and (set(found) == {"emb_params"} or "name" in content):
         name = content.get("name")
-        found = {name if isinstance(name, str) and name else pathlib.Path(path).stem: next(iter(found.values()))}
+        found = {name if isinstance(name, str) and name else pathlib.Path(path).stem: v for v in found.values()}
     embeddings = {token: load_tensor(stored, token, path).float() for token, stored in found.items()}
     embeddings = {token: v[None] if v.dim() == 1 else v for token, v in embeddings.items()}
     if not embeddings or any(v.dim() != 2 for v in embeddings.values()):

@@ -11,10 +11,10 @@ from ldm.models.diffusion.sampling import Sampler
 
 @torch.no_grad()
 def ddim(eps_model, x_T, alphas_cumprod, steps, eta=0.0, noise=None):
-    """DDIM (Song et al. 2021, eq. 12, sigma of eq. 16) at times 1 + i (T // steps): a generator of (t, x_t, x_0 prediction).
+    """DDIM (Song et al. 2021, eq. 12, 16) at times 1 + i (T // steps), a generator of (t, x_t, x_0 prediction).
 
-    eta = 0 is deterministic, eta = 1 draws as much noise as DDPM. As in CompVis's code the last step goes to t = 0, not to the
-    data itself. `noise()` gives [B, C, H, W].
+    eta = 0 is deterministic, eta = 1 draws as much noise as DDPM; `noise()` gives [B, C, H, W]. As in CompVis's code
+    the last step goes to t = 0, not to the data itself.
     """
     T = len(alphas_cumprod)
     if not 1 <= steps < T:

@@ -1,4 +1,4 @@
-"""Latent diffusion: the U-Net, the autoencoder and the text encoder together, with the forward process and the training loss."""
+"""Latent diffusion: U-Net, autoencoder and text encoder together, with the forward process and the training loss."""
 from __future__ import annotations
 
 import contextlib
@@ -12,12 +12,10 @@ from ldm.modules.diffusionmodules.util import make_beta_schedule
 from ldm.util import instantiate_from_config
 
 # Entries of CompVis's configs that concern training the network from scratch: taken, and not used.
-TRAINING_ONLY = {
-    "num_timesteps_cond", "log_every_t", "first_stage_key", "cond_stage_key", "monitor", "use_ema", "scheduler_config", "loss_type",
-    "concat_mode", "cond_stage_forward", "scale_by_std", "ckpt_path", "ignore_keys", "load_only_unet", "learn_logvar", "logvar_init",
-    "original_elbo_weight", "l_simple_weight", "v_posterior", "clip_denoised", "personalization_config", "unfreeze_model",
-    "model_lr", "embedding_reg_weight", "use_positional_encodings",
-}
+TRAINING_ONLY = set(
+    "num_timesteps_cond log_every_t first_stage_key cond_stage_key monitor use_ema scheduler_config loss_type model_lr "
+    "concat_mode scale_by_std ckpt_path ignore_keys load_only_unet learn_logvar logvar_init v_posterior clip_denoised "
+    "l_simple_weight original_elbo_weight personalization_config unfreeze_model embedding_reg_weight".split())
 
 
 class DiffusionWrapper(nn.Module):
@@ -34,20 +32,21 @@ class DiffusionWrapper(nn.Module):
 class LatentDiffusion(nn.Module):
     """Stable Diffusion v1. Latents are [B, 4, H/8, W/8], images [B, 3, H, W] in [-1, 1], conditionings [B, 77, 768].
 
-    The network runs in its own precision; what goes in and comes out keeps the caller's, so that samplers work in float32.
+    The network runs in its own precision; what goes in and comes out keeps the caller's: samplers work in float32.
     """
 
-    def __init__(self, first_stage_config, cond_stage_config, unet_config, timesteps=1000, beta_schedule="linear", linear_start=1e-4,
-                 linear_end=2e-2, image_size=64, channels=4, scale_factor=1.0, conditioning_key="crossattn",
-                 cond_stage_trainable=False, parameterization="eps", **training):
+    def __init__(self, first_stage_config, cond_stage_config, unet_config, timesteps=1000, beta_schedule="linear",
+                 linear_start=1e-4, linear_end=2e-2, image_size=64, channels=4, scale_factor=1.0,
+                 conditioning_key="crossattn", cond_stage_trainable=False, parameterization="eps", **training):
         super().__init__()
         if parameterization != "eps" or conditioning_key not in ("crossattn", None):
-            raise ValueError("LatentDiffusion: only networks that predict eps and read their prompt by cross-attention are supported")
+            raise ValueError("LatentDiffusion: only eps prediction with conditioning by cross-attention is supported")
         unknown = sorted(set(training) - TRAINING_ONLY)
         if unknown:
             warnings.warn(f"LatentDiffusion: {', '.join(unknown)} in the config: unknown, not used", stacklevel=2)
-        self.num_timesteps, self.image_size, self.channels, self.scale_factor = timesteps, image_size, channels, scale_factor
-        self.parameterization, self.cond_stage_trainable = parameterization, cond_stage_trainable
+        self.num_timesteps, self.image_size, self.channels = timesteps, image_size, channels
+        self.scale_factor, self.parameterization = scale_factor, parameterization
+        self.cond_stage_trainable = cond_stage_trainable
         self.model = DiffusionWrapper(unet_config)
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
         self.cond_stage_model = instantiate_from_config(cond_stage_config)
@@ -130,7 +129,7 @@ class LatentDiffusion(nn.Module):
         return (a * x_start + s * noise).to(x_start.dtype)
 
     def apply_model(self, x_noisy, t, cond):
-        """eps predicted from x_t, t [B] (fractions are allowed) and the conditioning: a tensor, a list, or {"c_crossattn": list}."""
+        """eps predicted from x_t, t [B] (may be fractions) and cond: a tensor, a list, or {"c_crossattn": list}."""
         if isinstance(cond, dict):
             cond = cond["c_crossattn"]
         if isinstance(cond, torch.Tensor):

@@ -1,7 +1,8 @@
 """DPM-Solver++ for discrete-time models.
 
     sampler = DPMSolverSampler(model)
-    latents, _ = sampler.sample(25, batch_size, [4, 64, 64], c, unconditional_guidance_scale=7.5, unconditional_conditioning=uc)
+    latents, _ = sampler.sample(25, batch_size, [4, 64, 64], c, unconditional_guidance_scale=7.5,
+                                unconditional_conditioning=uc)
 """
 from __future__ import annotations
 
@@ -13,18 +14,18 @@ from ldm.models.diffusion.sampling import Sampler
 
 @torch.no_grad()
 def dpm_solver_pp(eps_model, x_T, alphas_cumprod, steps):
-    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2) at times uniform in [1/T, 1]: a generator of (t, x_t, x_0 prediction).
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), times uniform in [1/T, 1]; yields (t, x_t, x_0 prediction).
 
-    x_T: [B, C, H, W]; eps_model(x_t, t) with t in [0, T-1], not rounded; alphas_cumprod: [T], read as a continuous function by
-    linear interpolation of log(alpha). With lambda = log(alpha/sigma), h = lambda_t - lambda_s and D from the last two x_0 predictions,
-    x_t = sigma_t/sigma_s x_s - alpha_t (exp(-h) - 1) D.
-    The first step is of first order; so is the last one when there are fewer than 15, for stability.
+    x_T: [B, C, H, W]; eps_model(x_t, t) with t in [0, T-1], not rounded; alphas_cumprod: [T], with log(alpha) linear
+    between its times. With lambda = log(alpha/sigma), h = lambda_t - lambda_s and D extrapolated from the last two x_0
+    predictions, x_t = sigma_t/sigma_s x_s - alpha_t (exp(-h) - 1) D. The first step is of first order; so is the last
+    one when there are fewer than 15, for stability.
     """
     if steps < 1:
         raise ValueError(f"{steps} sampling steps: take 1 or more")
     T = len(alphas_cumprod)
     times = np.linspace(1.0, 1.0 / T, steps + 1)
-    log_alpha = np.interp(times, np.arange(1, T + 1) / T, 0.5 * np.log(np.asarray(alphas_cumprod.cpu(), dtype=np.float64)))
+    log_alpha = np.interp(times, np.arange(1, T + 1) / T, 0.5 * alphas_cumprod.cpu().double().log().numpy())
     alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
     lam = log_alpha - np.log(sigma)
     x, before = x_T, None

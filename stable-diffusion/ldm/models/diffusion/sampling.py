@@ -8,8 +8,8 @@ from tqdm import tqdm
 def guided(model, cond, uncond=None, scale=1.0):
     """eps(x_t, t) of `model` under classifier-free guidance, eps_u + scale (eps_c - eps_u) (Ho & Salimans 2022, eq. 6).
 
-    Scale 1, or no `uncond`, is the conditional model. cond and uncond: [B, 77, C] (a list or {"c_crossattn": list} of one will
-    do), or [1, 77, C] for the whole batch. The two go through the network as one batch [uncond; cond].
+    Scale 1, or no `uncond`, is the conditional model. cond and uncond: [B, 77, C], or [1, 77, C] for the whole batch (a
+    list, or {"c_crossattn": list}, will do). The two go through the network as one batch [uncond; cond].
     """
     cond, uncond = _tensor(cond), _tensor(uncond)
 
@@ -32,17 +32,17 @@ def _tensor(cond):
 
 
 class Sampler:
-    """`sample` as students' scripts call it, over the generator `steps(eps_model, x_T, S, eta, noise)` of a subclass."""
+    """`sample` as CompVis has it, over the generator `steps(eps_model, x_T, S, eta, noise)` of a subclass."""
 
     def __init__(self, model, **unused):
         self.model = model
 
     @torch.no_grad()
-    def trajectory(self, S, batch_size, shape, conditioning=None, unconditional_guidance_scale=1.0, unconditional_conditioning=None,
-                   eta=0.0, x_T=None, noise=None):
-        """A generator of (t, x_t, x_0 prediction), S items. shape: [C, H/8, W/8] of one latent; x_T: [B, *shape], else drawn.
+    def trajectory(self, S, batch_size, shape, conditioning=None, unconditional_guidance_scale=1.0,
+                   unconditional_conditioning=None, eta=0.0, x_T=None, noise=None):
+        """A generator of (t, x_t, x_0 prediction), S items; shape is [C, H/8, W/8] of one latent.
 
-        `noise()` gives the normal noise [B, *shape] of stochastic steps, and x_T where there is none.
+        x_T: [B, *shape], else drawn. `noise()` gives normal noise [B, *shape]: x_T, and that of stochastic steps.
         """
         device = self.model.device
         draw = noise if noise is not None else lambda: torch.randn(batch_size, *shape)
@@ -50,15 +50,15 @@ class Sampler:
         eps_model = guided(self.model, conditioning, unconditional_conditioning, unconditional_guidance_scale)
         yield from self.steps(eps_model, x, S, eta, lambda: draw().to(x))
 
-    def sample(self, S, batch_size, shape, conditioning=None, callback=None, img_callback=None, eta=0.0, verbose=True, x_T=None,
-               log_every_t=100, unconditional_guidance_scale=1.0, unconditional_conditioning=None, noise=None, mask=None, x0=None,
-               score_corrector=None, quantize_x0=False, temperature=1.0, noise_dropout=0.0, **unused):
+    def sample(self, S, batch_size, shape, conditioning=None, callback=None, img_callback=None, eta=0.0, verbose=True,
+               x_T=None, log_every_t=100, unconditional_guidance_scale=1.0, unconditional_conditioning=None, noise=None,
+               mask=None, score_corrector=None, **unused):
         """(latents [B, C, H/8, W/8], intermediates or None) after S steps; the arguments are those of `trajectory`."""
-        if mask is not None or score_corrector is not None or quantize_x0 or temperature != 1.0 or noise_dropout:
-            raise ValueError("sample: mask, score_corrector, quantize_x0, temperature and noise_dropout are not supported")
+        if mask is not None or score_corrector is not None:
+            raise ValueError("sample: mask (inpainting) and score_corrector are not supported")
         inter = {"x_inter": [] if x_T is None else [x_T], "pred_x0": [] if x_T is None else [x_T]}
-        items = self.trajectory(S, batch_size, shape, conditioning, unconditional_guidance_scale, unconditional_conditioning, eta,
-                                x_T, noise)
+        items = self.trajectory(S, batch_size, shape, conditioning, unconditional_guidance_scale,
+                                unconditional_conditioning, eta, x_T, noise)
         for i, (_, x, x_0) in enumerate(tqdm(items, total=S, desc=type(self).__name__, disable=not verbose)):
             if callback:
                 callback(i)

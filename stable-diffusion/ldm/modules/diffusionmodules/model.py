@@ -17,13 +17,12 @@ class ResnetBlock(nn.Module):
         self.norm1, self.conv1 = norm(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2, self.conv2 = norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.nin_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.nin_shortcut(x) + h
 
 
 class AttnBlock(nn.Module):
@@ -36,8 +35,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))  # [B, 1, H*W, C]
-        h = attention(q, k, v).squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
+        q, k, v = (layer(h).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v))      # [B, 1, H*W, C]
+        h = attention(q, k, v)[:, 0].mT.unflatten(2, x.shape[2:])
         return x + self.proj_out(h)
 
 
@@ -59,17 +58,28 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class _Stack(nn.Module):
-    """A bag of named layers: the checkpoint's names ask for some levels of nesting."""
-
-    def __init__(self, **layers):
+class Middle(nn.Module):
+    def __init__(self, c, dropout):
         super().__init__()
-        for name, layer in layers.items():
-            setattr(self, name, layer)
+        self.block_1, self.attn_1, self.block_2 = ResnetBlock(c, c, dropout), AttnBlock(c), ResnetBlock(c, c, dropout)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
-def _middle(c, dropout):
-    return _Stack(block_1=ResnetBlock(c, c, dropout), attn_1=AttnBlock(c), block_2=ResnetBlock(c, c, dropout))
+class Level(nn.Module):
+    """Residual blocks at one resolution, then the way to the next one."""
+
+    def __init__(self, blocks, **resample):
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        for name, layer in resample.items():            # "upsample" or "downsample", as checkpoints have it
+            self.add_module(name, layer)
+
+    def forward(self, x):
+        for layer in [*self.block, *list(self.children())[1:]]:
+            x = layer(x)
+        return x
 
 
 class Encoder(nn.Module):
@@ -81,24 +91,18 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         c = ch
         for level, width in enumerate(m * ch for m in ch_mult):
-            blocks = []
-            for _ in range(num_res_blocks):
-                blocks.append(ResnetBlock(c, width, dropout))
-                c = width
-            down = {"downsample": Downsample(c)} if level < len(ch_mult) - 1 else {}
-            self.down.append(_Stack(block=nn.ModuleList(blocks), **down))
-        self.mid = _middle(c, dropout)
+            blocks = [ResnetBlock(width if i else c, width, dropout) for i in range(num_res_blocks)]
+            c = width
+            self.down.append(Level(blocks, **({"downsample": Downsample(c)} if level < len(ch_mult) - 1 else {})))
+        self.mid = Middle(c, dropout)
         self.norm_out = norm(c)
         self.conv_out = nn.Conv2d(c, 2 * z_channels if double_z else z_channels, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(x)
         for level in self.down:
-            for block in level.block:
-                h = block(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+            h = level(h)
+        h = self.mid(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -109,24 +113,18 @@ class Decoder(nn.Module):
         super().__init__()
         c = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(z_channels, c, 3, padding=1)
-        self.mid = _middle(c, dropout)
+        self.mid = Middle(c, dropout)
         levels = []
         for level, width in reversed(list(enumerate(m * ch for m in ch_mult))):
-            blocks = []
-            for _ in range(num_res_blocks + 1):
-                blocks.append(ResnetBlock(c, width, dropout))
-                c = width
-            levels.insert(0, _Stack(block=nn.ModuleList(blocks), **({"upsample": Upsample(c)} if level > 0 else {})))
+            blocks = [ResnetBlock(width if i else c, width, dropout) for i in range(num_res_blocks + 1)]
+            c = width
+            levels.insert(0, Level(blocks, **({"upsample": Upsample(c)} if level > 0 else {})))
         self.up = nn.ModuleList(levels)                  # numbered from the image inwards, run from the latent outwards
         self.norm_out = norm(c)
         self.conv_out = nn.Conv2d(c, out_ch, 3, padding=1)
 
     def forward(self, z):
-        h = self.conv_in(z)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            for block in level.block:
-                h = block(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+            h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))

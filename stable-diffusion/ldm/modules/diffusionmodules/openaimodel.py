@@ -1,12 +1,12 @@
-"""The denoising U-Net of latent diffusion (Rombach et al. 2022; its residual blocks are those of Dhariwal & Nichol 2021)."""
+"""The denoising U-Net of latent diffusion (Rombach et al. 2022; residual blocks of Dhariwal & Nichol 2021)."""
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.model import Upsample
 from ldm.modules.diffusionmodules.util import timestep_embedding
 
 
@@ -15,10 +15,12 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels, emb_channels, out_channels, dropout=0.0):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(out_channels, out_channels, 3, padding=1))
+            nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(dropout),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, emb):
@@ -33,15 +35,6 @@ class Downsample(nn.Module):
 
     def forward(self, x):
         return self.op(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class TimestepEmbedSequential(nn.Sequential):
@@ -59,15 +52,15 @@ class TimestepEmbedSequential(nn.Sequential):
 
 
 class UNetModel(nn.Module):
-    """eps(x_t, t, prompt): x [B, in_channels, H, W] with H and W multiples of 2^(levels - 1), timesteps [B], context [B, M, context_dim].
+    """eps(x_t, t, prompt): x [B, in_channels, H, W], timesteps [B], context [B, M, context_dim] -> eps, as x.
 
-    `use_checkpoint` recomputes activations in the backward pass instead of keeping them; it has no effect without gradients.
-    Arguments of CompVis's configs that concern other variants (image_size, legacy, ...) are taken and not used.
+    H and W are multiples of 2^(levels - 1). `use_checkpoint` recomputes activations in the backward pass instead of
+    keeping them; without gradients it has no effect. image_size and legacy, which concern other variants, are not used.
     """
 
-    def __init__(self, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, channel_mult=(1, 2, 4, 8),
-                 num_heads=8, num_head_channels=-1, transformer_depth=1, context_dim=None, dropout=0.0, use_checkpoint=False,
-                 use_spatial_transformer=True, image_size=None, legacy=False):
+    def __init__(self, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions,
+                 channel_mult=(1, 2, 4, 8), num_heads=8, num_head_channels=-1, transformer_depth=1, context_dim=None,
+                 dropout=0.0, use_checkpoint=False, use_spatial_transformer=True, image_size=None, legacy=False):
         super().__init__()
         if not use_spatial_transformer:
             raise ValueError("UNetModel: only networks with use_spatial_transformer: True are supported")
@@ -82,7 +75,7 @@ class UNetModel(nn.Module):
             heads = num_heads if num_head_channels == -1 else c // num_head_channels
             return SpatialTransformer(c, heads, c // heads, transformer_depth, dropout, context_dim)
 
-        # What the loops below write out for Stable Diffusion v1 (320 channels x 1, 2, 4, 4; attention at strides 1, 2, 4):
+        # The loops below write out, for Stable Diffusion v1 (320 channels x 1, 2, 4, 4; attention at strides 1, 2, 4):
         #   input_blocks                     middle_block          output_blocks, each on [h, skip] concatenated
         #   0      conv(4, 320)              res(1280, 1280)       0,1    res(2560, 1280)
         #   1,2    res(320, 320) attn        attn(1280)            2      res(2560, 1280) up

@@ -20,7 +20,3 @@ class DiagonalGaussianDistribution:
 
     def mode(self):
         return self.mean
-
-    def kl(self):
-        """KL divergence to the standard normal distribution, [B]."""
-        return 0.5 * (self.mean**2 + self.var - 1.0 - self.logvar).sum(dim=[1, 2, 3])
