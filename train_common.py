@@ -88,7 +88,7 @@ def lightning_trainer(args, callbacks):
         callbacks=[
             *callbacks,
             SeedEpochs(args.seed),
-            ModelCheckpoint(out, save_last=True, save_top_k=0, save_on_train_epoch_end=True),
+            ModelCheckpoint(out, "last", enable_version_counter=False, save_on_train_epoch_end=True),
         ],
         num_sanity_val_steps=0,
         log_every_n_steps=20,
