@@ -171,8 +171,7 @@ def load_unet(path):
         state_dict = state_dict["state_dict"]
     if not isinstance(state_dict, dict) or not all(torch.is_tensor(v) for v in state_dict.values()):
         raise UserError(f"{path}: no state dict in it; give the course's UNet.pt or a checkpoint of p2_train.py")
-    stem = state_dict.get("down1.weight")
-    channel = 128 if stem is None or stem.dim() == 0 else len(stem)     # load_weights names what is missing or wrong
-    if channel % 4 or not 4 <= channel <= 512:
-        raise UserError(f"{path}: down1.weight has {channel} channels; the face network has 4 to 512, in fours")
-    return load_weights(UNet(channel), state_dict, path).eval()
+    stem = state_dict.get("down1.weight", torch.empty(0))
+    if tuple(stem.shape[1:]) != (3, 3, 3) or len(stem) not in range(4, 513, 4):
+        raise UserError(f"{path}: lacks a down1.weight [4 to 512 in fours, 3, 3, 3]; it is of another network")
+    return load_weights(UNet(len(stem)), state_dict, path).eval()

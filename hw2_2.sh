@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
-# Problem 2. $1: folder of noise files *.pt; $2: output folder for {name}.png; $3: the face network, UNet.pt.
-# More options (--gt, --eta-grid, --interpolate ...) may follow: python3 p2_ddim.py --help
+# bash hw2_2.sh NOISE_DIR OUT UNET_PT: one OUT/{name}.png for each NOISE_DIR/{name}.pt (further options: p2_ddim.py --help)
 set -euo pipefail
-if [ $# -lt 3 ]; then
-    echo "usage: bash hw2_2.sh NOISE_DIR OUT UNET_PT" >&2
-    exit 2
-fi
-exec python3 "$(dirname "$0")/p2_ddim.py" "$@"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[ $# -ge 3 ] || { echo "usage: bash hw2_2.sh NOISE_DIR OUT UNET_PT" >&2; exit 2; }
+PATH="$here/.venv/bin:$PATH"            # the environment of demo.sh where there is one, else the caller's python3
+exec python3 "$here/p2_ddim.py" "$@"

@@ -73,8 +73,10 @@ def parse(argv=None):
         raise UserError(f"--steps {args.steps}: take a divisor of {T}, at most {T // 2}")
     if not 0 <= args.eta <= 1:
         raise UserError(f"--eta {args.eta}: take 0 to 1")
-    if args.size < 32 or args.size % 32 or args.count < 1 or (args.batch_size or 1) < 1:
-        raise UserError("--size is a multiple of 32; --count and --batch-size are at least 1")
+    if args.size < 32 or args.size % 32:
+        raise UserError(f"--size {args.size}: take a multiple of 32")
+    if args.count < 1 or (args.batch_size is not None and args.batch_size < 1):
+        raise UserError("--count and --batch-size are at least 1")
     return args
 
 
