@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+import diffusion
 from diffusion import ddim, ddpm, lerp, schedule, slerp, timesteps
 from utils import beta_scheduler, noise_stream
 
@@ -25,8 +26,7 @@ def run(sampler, times, n=16, **options):
     noise = noise_stream(0, [5], (n, 3, 16, 16))            # one stream of n pictures at a time
     x = noise()[0].double()
     options = {"noise": lambda: noise()[0].double(), "clip": False, **options}
-    *_, (_, x, _) = sampler(gaussian_eps(alpha_bar), x, alpha_bar, times, **options)
-    return x
+    return diffusion.run(sampler(gaussian_eps(alpha_bar), x, alpha_bar, times, **options))
 
 
 def test_the_courses_beta_scheduler_is_the_linear_schedule():

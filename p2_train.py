@@ -1,0 +1,185 @@
+"""Trains a narrow face U-Net for Problem 2, so that faces can be seen without the course's UNet.pt.
+
+    python3 p2_train.py --data hw2_data/face/photos --out runs/p2       # the same line again resumes it
+
+Leaves in --out: last.ckpt (resumable), last.pt (EMA weights in half precision; copy it to checkpoints/p2_faces.pt),
+samples/*.png (16 faces after every epoch), csv/ and tensorboard/. p2_ddim.py takes last.pt as it takes UNet.pt.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from diffusion import ddim, run, schedule, timesteps, training_loss
+from digits import is_validation
+from train_common import add_training_options, lightning_trainer, warmup_cosine
+from UNet import UNet
+from utils import (
+    UserError,
+    autocast,
+    cli,
+    half,
+    image_grid,
+    noise_stream,
+    output_folder,
+    save_checkpoint,
+    save_png,
+    to_uint8,
+)
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+class FaceDiffusion(pl.LightningModule):
+    """Algorithm 1 of DDPM (Ho et al. 2020) on batches uint8 [B, 3, S, S], each picture flipped half of the time."""
+
+    def __init__(self, config, lr, total_steps):
+        super().__init__()
+        self.config, self.lr, self.total_steps = config, lr, total_steps
+        self.alpha_bar = schedule("linear", 1000)           # what p2_ddim.py samples with
+        self.model = UNet(config["channel"]).to(memory_format=torch.channels_last)
+
+    def loss(self, images, **fixed):
+        x_0 = images.float() / 127.5 - 1
+        return training_loss(self.model, x_0, self.alpha_bar, min_snr=self.config["min_snr"], **fixed).mean()
+
+    def training_step(self, images, _):
+        flip = torch.rand(len(images), 1, 1, 1, device=self.device) < 0.5
+        loss = self.loss(torch.where(flip, images.flip(-1), images))
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, images, i):
+        noise = torch.Generator().manual_seed(i)
+        t = torch.randint(1000, (len(images),), generator=noise).to(self.device)
+        eps = torch.randn(images.shape, generator=noise).to(self.device)
+        self.log("val_loss", self.loss(images, t=t, eps=eps), sync_dist=True)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        return warmup_cosine(optimizer, self.total_steps)
+
+
+class Samples(pl.Callback):
+    """After every epoch, with the EMA weights: a picture of 16 faces (DDIM, 50 steps, fixed noise), and the weights.
+
+    It must stand before the EMA callback, which puts the training weights back at the end of the validation.
+    """
+
+    def __init__(self, out):
+        self.out = out
+
+    def on_validation_epoch_end(self, trainer, module):
+        if not trainer.is_global_zero:
+            return
+        size = module.config["size"]
+        noise = noise_stream(0, range(16), (3, size, size), module.device)
+        with autocast(module.device, torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32):
+            x = run(ddim(module.model, noise(), module.alpha_bar, timesteps(1000, 50, "course")))
+        save_png(image_grid(to_uint8(x).cpu(), 8), self.out / "samples" / f"{trainer.global_step:07d}.png")
+        state_dict = module.model.state_dict()
+        frequencies = {"time.0.inv_freq": state_dict["time.0.inv_freq"].cpu()}      # rounded, they would move t
+        checkpoint = {
+            "state_dict": {**half(state_dict), **frequencies},
+            "config": module.config,
+            "step": trainer.global_step,
+            "metrics": {"val_loss": float(trainer.callback_metrics["val_loss"])},
+        }
+        save_checkpoint(checkpoint, self.out / "last.pt")
+
+
+class Faces(Dataset):
+    """Item i is picture i, cyclically, uint8 [3, S, S]; a list of items gives a batch; `length` items are an epoch."""
+
+    def __init__(self, images, length):
+        self.images, self.length = images, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitems__(self, indices):
+        return self.images[torch.tensor(indices) % len(self.images)]
+
+
+def read_faces(folder, size):
+    """uint8 [N, 3, size, size] (train, held back): every picture in the folder, cropped to a square and scaled.
+
+    Held back are the 2 % whose names hash lowest. Raises UserError where there are none, or one cannot be read.
+    """
+    folder = pathlib.Path(folder)
+    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURES and not p.name.startswith("."))
+    held_back = torch.tensor([is_validation(p.name, 0.02) for p in paths])
+    if not paths or held_back.all() or not held_back.any():
+        raise UserError(f"{folder}: {len(paths)} pictures in it, too few to train on; name the folder of face photos")
+    with ThreadPoolExecutor() as pool:
+        read = tqdm(pool.map(lambda p: read_face(p, size), paths), total=len(paths), desc="reading faces", leave=False)
+        images = torch.from_numpy(np.stack(list(read)))
+    return images[~held_back], images[held_back]
+
+
+def read_face(path, size):
+    try:
+        with Image.open(path) as image:
+            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UserError(f"{path}: not a readable picture ({e}); remove it or fetch it again") from None
+    return np.asarray(square).transpose(2, 0, 1)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--data", default="hw2_data/face/photos", help="folder of pictures")
+    option("--size", type=int, default=64, help="height and width, a multiple of 32 (default: 64)")
+    option("--channel", type=int, default=32, help="width of the largest map; 128 is the course's (default: 32)")
+    option("--min-snr", type=float, default=5.0, help="gamma of the min-SNR loss weight; 0 = none (default: 5)")
+    add_training_options(parser, out="runs/p2", steps=20000, batch_size=32, lr=6e-4, ema=0.999)
+    args = parser.parse_args(argv)
+    if args.size < 32 or args.size % 32:
+        raise UserError(f"--size {args.size}: take a multiple of 32")
+    if args.channel < 4 or args.channel % 4:
+        raise UserError(f"--channel {args.channel}: take a multiple of 4")
+    return args
+
+
+@cli
+def main(argv=None):
+    args = parse(argv)
+    train, val = read_faces(args.data, args.size)
+    out = output_folder(args.out)
+    output_folder(out / "samples")
+    config = {"channel": args.channel, "size": args.size, "min_snr": args.min_snr or None}
+    pl.seed_everything(args.seed, verbose=False)
+    module = FaceDiffusion(config, args.lr, args.steps)
+    ema = EMAWeightAveraging(decay=args.ema, update_starting_at_step=min(200, args.epoch_steps))
+    trainer = lightning_trainer(args, [Samples(out), ema])
+    trainer.fit(
+        module,
+        DataLoader(
+            Faces(train, args.epoch_steps * args.batch_size),
+            args.batch_size,
+            shuffle=True,
+            collate_fn=lambda batch: batch,
+        ),
+        DataLoader(Faces(val, len(val)), 64, collate_fn=lambda batch: batch),
+        ckpt_path=args.resume_from,
+    )
+    if trainer.is_global_zero:
+        print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,last.pt,samples/}}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,110 @@
+"""p2_train.py in small: it learns, resumes where it stopped, and its checkpoint draws pictures in p2_ddim.py."""
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("lightning", reason="training needs requirements-dev")
+
+import p2_ddim
+import p2_train
+
+SMALL = ["--size", 32, "--channel", 4, "--steps", 16, "--epoch-steps", 8, "--batch-size", 8, "--lr", 2e-2, "--ema", 0.8]
+SMALL += ["--precision", "fp32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """60 pictures of one brightness each: what the network has to learn is the same everywhere in a picture."""
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for i in range(60):
+        Image.new("RGB", (32, 40), tuple(random.integers(0, 256, 3).tolist())).save(folder / f"{i:05d}.png")
+    return folder
+
+
+def train(*args):
+    p2_train.main([str(a) for a in args])
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    train("--data", photos, "--out", out, *SMALL)
+    return out
+
+
+def losses(out, name):
+    with open(out / "csv" / "metrics.csv", newline="") as f:
+        return [float(row[name]) for row in csv.DictReader(f) if row.get(name)]
+
+
+def test_the_loss_falls(trained):
+    values = losses(trained, "val_loss")
+    assert len(values) == 2
+    assert values[-1] < 0.9 * values[0]
+
+
+def test_a_stopped_training_resumes_to_the_same_weights(photos, trained, tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    def stop_in_the_last_epoch(self, trainer, module, *_):
+        if trainer.global_step == 12:
+            raise Stopped
+
+    monkeypatch.setattr(p2_train.Samples, "on_train_batch_start", stop_in_the_last_epoch, raising=False)
+    with pytest.raises(Stopped):
+        train("--data", photos, "--out", tmp_path, *SMALL)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] == 8
+    monkeypatch.undo()
+    train("--data", photos, "--out", tmp_path, *SMALL)
+    once, twice = (torch.load(out / "last.pt", weights_only=False) for out in (trained, tmp_path))
+    assert once["step"] == twice["step"] == 16
+    for key, value in once["state_dict"].items():
+        assert torch.allclose(value.float(), twice["state_dict"][key].float(), atol=2e-3), key
+    assert once["metrics"]["val_loss"] == pytest.approx(twice["metrics"]["val_loss"], abs=1e-4)
+
+
+def test_the_checkpoint_draws_pictures_and_is_half_precision_but_for_the_time(trained, tmp_path):
+    state_dict = torch.load(trained / "last.pt", weights_only=False)["state_dict"]
+    assert {k for k, v in state_dict.items() if v.dtype != torch.float16} == {"time.0.inv_freq"}
+    p2_ddim.main(["--make-noise", str(tmp_path / "noise"), "--count", "2", "--size", "32"])
+    p2_ddim.main([str(tmp_path / "noise"), str(tmp_path / "out"), str(trained / "last.pt"), "--steps", "10"])
+    assert Image.open(tmp_path / "out" / "01.png").size == (32, 32)
+    assert Image.open(trained / "samples" / "0000016.png").size == (8 * 34 + 2, 2 * 34 + 2)
+
+
+def test_photos_are_cropped_scaled_and_a_fixed_few_are_held_back(photos):
+    a, held_back = p2_train.read_faces(photos, 32)
+    assert a.shape[1:] == (3, 32, 32) and a.dtype == torch.uint8
+    assert len(a) + len(held_back) == 60 and 1 <= len(held_back) <= 6
+    b, _ = p2_train.read_faces(photos, 32)
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--size", "48"], "--size 48"),
+        (["--channel", "30"], "--channel 30"),
+        (["--data", "/nowhere"], "/nowhere: 0 pictures"),
+    ],
+)
+def test_bad_options_are_one_line(options, says, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        p2_train.main(["--out", str(tmp_path / "run"), *options])
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_photo_is_named(photos, tmp_path, capsys):
+    for path in photos.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[: 50 if path.name == "00007.png" else None])
+    with pytest.raises(SystemExit) as stop:
+        train("--data", tmp_path, "--out", tmp_path / "run", *SMALL)
+    assert stop.value.code == 2
+    assert "00007.png: not a readable picture" in capsys.readouterr().err.splitlines()[-1]
