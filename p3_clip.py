@@ -28,8 +28,8 @@ except ImportError as e:                                     # it needs pkg_reso
 class Clip:
     """Two encoders into one space. `images` and `texts` give float32 unit vectors [N, D] on the CPU."""
 
-    def __init__(self, network, device):
-        self.network, self.device = network.eval().requires_grad_(False).to(device), device
+    def __init__(self, network, device, name=""):
+        self.network, self.device, self.name = network.eval().requires_grad_(False).to(device), device, name
         self.logit_scale = float(network.logit_scale.exp())         # 100 for OpenAI's models
         size = network.visual.input_resolution
         self.preprocess = transforms.Compose([
@@ -105,8 +105,8 @@ def load_clip(name, device="cpu"):
     if not path.exists():
         path = _fetch(str(name))
     if path.is_dir():
-        return Clip(_build(_from_transformers(path), path), device)
-    return Clip(_build(_openai_state_dict(path), path), device)
+        return Clip(_build(_from_transformers(path), path), device, str(name))
+    return Clip(_build(_openai_state_dict(path), path), device, str(name))
 
 
 def _build(state, path):

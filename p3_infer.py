@@ -1,0 +1,299 @@
+"""Problem 3: 25 pictures for each prompt of a JSON, OUT/{source}/{prompt}/source{source}_prompt{prompt}_{i}.png
+
+    python3 p3_infer.py hw2_data/textual_inversion/input.json output/p3 model.ckpt --train-missing --time-limit 840
+
+Run again after an interruption it makes what is missing: OUT/.manifest.json tells how each picture was made. With
+--prompt "A <new1> next to a <new2>." it draws that prompt instead and writes OUT/prompt.png, one sheet of all pictures.
+"""
+from __future__ import annotations
+
+import time
+
+START = time.monotonic()                                     # the graders' clock runs while torch is being imported
+
+import argparse  # noqa: E402
+import hashlib  # noqa: E402
+import json  # noqa: E402
+import pathlib  # noqa: E402
+import sys  # noqa: E402
+from typing import NamedTuple  # noqa: E402
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import p3_invert  # noqa: E402
+import p3_model  # noqa: E402
+from concepts import image_files, placeholders, read_concepts  # noqa: E402
+from utils import (  # noqa: E402
+    UserError,
+    add_device_options,
+    atomic,
+    cli,
+    image_grid,
+    output_folder,
+    pick_device,
+    pick_precision,
+    save_png,
+)
+
+FEWEST_STEPS = 8                                             # below this DPM-Solver++ pictures fall apart
+MANIFEST = ".manifest.json"
+
+
+# -------------------------------------------------------------------------------- what is to be made
+
+
+class Settings(NamedTuple):
+    """All that decides a picture beside its prompt and its number."""
+
+    images: int
+    steps: int
+    scale: float
+    size: int
+    seed: int
+    precision: str
+    weights: str                # p3_model.weights_id
+
+
+def recipe_id(settings, tokens, prompt, index, steps):
+    """Sixteen hexadecimal digits that no picture of another prompt, number, model, embedding or setting has."""
+    parts = [*settings._replace(images=0, steps=steps), prompt, index, p3_model.embedding_id(tokens, prompt)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def tokens_in(prompts, concepts):
+    """Learned tokens that the prompts name: the JSON's own, of any spelling, and whatever looks like <one>."""
+    named = [c.token for c in concepts if any(c.token in p for p in prompts)]
+    return list(dict.fromkeys(named + [t for p in prompts for t in placeholders(p)]))
+
+
+def read_manifest(path):
+    """{relative path: recipe} of the pictures that an earlier run finished."""
+    try:
+        manifest = json.loads(path.read_text())
+        return manifest if isinstance(manifest, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def write_manifest(manifest, path):
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=0))
+
+
+def plan(concepts, settings, tokens, out):
+    """([(folder, prompt, indices of its pictures that are still to be made)], manifest of those that are finished)."""
+    manifest, todo, finished = read_manifest(out / MANIFEST), [], {}
+    for concept in concepts:
+        for p, prompt in enumerate(concept.prompts):
+            folder, missing = out / concept.key / str(p), []
+            names = [file_name(concept.key, p, i) for i in range(settings.images)]
+            sweep(folder, names)
+            for i, name in enumerate(names):
+                path = f"{concept.key}/{p}/{name}"
+                wanted = recipe_id(settings, tokens, prompt, i, settings.steps)
+                if manifest.get(path) == wanted and (folder / name).is_file():
+                    finished[path] = wanted
+                else:
+                    missing.append(i)
+            if missing:
+                todo.append((concept.key, p, prompt, missing))
+    return todo, finished
+
+
+def file_name(source, prompt, index):
+    return f"source{source}_prompt{prompt}_{index}.png"
+
+
+def sweep(folder, wanted):
+    """Removes what a killed run, or one of more pictures, left in a prompt's folder: the grader counts every file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        ours = file.name.startswith(("source", ".source")) and file.suffix in (".png", ".tmp")
+        if ours and file.name not in wanted:
+            file.unlink()
+        elif not ours:
+            print(f"warning: {file} is no picture of this run; the grader refuses a folder with it", file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------- making it
+
+
+class Clock:
+    """Chooses the steps of the next batch so that all pictures are done by the deadline (seconds of time.monotonic)."""
+
+    def __init__(self, deadline):
+        self.deadline = deadline
+        self.step, self.rest = 0.0, 0.0                      # seconds a picture: for one step, and beside the steps
+
+    def start(self, make, batch):
+        """Measures the speed, once, where there is a deadline; make(steps) makes `batch` pictures."""
+        seconds = []
+        if self.deadline is None or self.step:
+            return
+        for steps in (1, 1, 3):                              # the first one also pays for starting up
+            begin = time.monotonic()
+            make(steps)
+            seconds.append((time.monotonic() - begin) / batch)
+        self.step = max(1e-9, (seconds[2] - seconds[1]) / 2)
+        self.rest = max(0.0, seconds[1] - self.step)
+
+    def steps(self, wanted, pictures):
+        """`wanted`, or as many fewer as let `pictures` pictures meet the deadline, but FEWEST_STEPS at least."""
+        if self.deadline is None or not self.step:
+            return wanted
+        affordable = ((self.deadline - time.monotonic()) / pictures - self.rest) / self.step
+        return min(wanted, max(FEWEST_STEPS, int(affordable)))
+
+    def learn(self, seconds, steps):
+        """Corrects the speed by that of the batch just made: seconds a picture."""
+        self.step = max(1e-9, (seconds - self.rest) / steps)
+
+    def needs(self, pictures, steps):
+        return pictures * (self.rest + steps * self.step)
+
+
+def generate(model, prompt, indices, steps, settings):
+    """p3_model.generate in as many parts as memory asks for."""
+    try:
+        return p3_model.generate(model, prompt, indices, steps, settings.scale, settings.size, settings.seed)
+    except RuntimeError as e:
+        if "out of memory" not in str(e):
+            raise
+        if len(indices) == 1:
+            raise UserError(f"--size {settings.size}: too little memory for one picture; take a smaller size") from None
+    torch.cuda.empty_cache()
+    half = len(indices) // 2
+    return torch.cat([generate(model, prompt, part, steps, settings) for part in (indices[:half], indices[half:])])
+
+
+def make(model, tokens, todo, finished, settings, out, clock, batch):
+    """Makes and saves every picture of `todo`; returns the number of those that got fewer steps than wanted."""
+    left, lowered = sum(len(indices) for *_, indices in todo), 0
+    bar = tqdm(total=left, unit="picture", desc="generate")
+    for source, p, prompt, indices in todo:
+        for part in (indices[i : i + batch] for i in range(0, len(indices), batch)):
+            steps = clock.steps(settings.steps, left)
+            if steps < settings.steps and not lowered:
+                bar.write(f"time is short: {steps} steps a picture instead of {settings.steps}")
+            lowered += len(part) * (steps < settings.steps)
+            begin = time.monotonic()
+            pictures = generate(model, prompt, part, steps, settings)
+            clock.learn((time.monotonic() - begin) / len(part), steps)
+            for i, picture in zip(part, pictures):
+                path = f"{source}/{p}/{file_name(source, p, i)}"
+                save_png(picture, out / path)
+                finished[path] = recipe_id(settings, tokens, prompt, i, steps)
+            write_manifest(finished, out / MANIFEST)
+            left -= len(part)
+            bar.update(len(part))
+    bar.close()
+    return lowered
+
+
+def sheet(model, prompt, settings, out, batch):
+    """OUT/prompt.png: the pictures of one prompt, five a row."""
+    parts = [range(settings.images)[i : i + batch] for i in range(0, settings.images, batch)]
+    bar = tqdm(parts, unit="batch", desc="generate")
+    pictures = torch.cat([generate(model, prompt, part, settings.steps, settings) for part in bar])
+    save_png(image_grid(pictures, columns=min(5, settings.images)), out / "prompt.png")
+
+
+# -------------------------------------------------------------------------------- embeddings that are missing
+
+
+def sources_of(missing, concepts, data, args):
+    """[(concept, its pictures)] of the tokens without an embedding; UserError for one that cannot be trained now."""
+    jobs = []
+    for token in missing:
+        concept = next((c for c in concepts if c.token == token), None)
+        remedy = f"train it with p3_textual_inversion.py, or put its file into {args.embeddings}"
+        if concept is None:
+            raise UserError(f"{args.json}: a prompt says {token}, no token_name and without embedding; {remedy}")
+        if not args.train_missing:
+            raise UserError(f"{args.json}: {token} has no embedding for this model; {remedy}, or add --train-missing")
+        try:
+            jobs.append((concept, image_files(data / concept.key)))
+        except UserError as e:
+            raise UserError(f"{token} has no embedding for this model, and none can be trained: {e}") from None
+    return jobs
+
+
+def train_missing(model, tokens, jobs, out, args, clock, pictures):
+    """Trains the tokens of `jobs` in the time that the pictures leave, at least two fifths of what there is."""
+    for n, (concept, files) in enumerate(jobs):
+        print(f"{concept.token} has no embedding for this model: training it on {len(files)} pictures now")
+        deadline = None
+        if clock.deadline is not None:
+            left = clock.deadline - time.monotonic()
+            deadline = time.monotonic() + max(left - clock.needs(pictures, args.steps), 0.4 * left) / (len(jobs) - n)
+        settings = p3_invert.Recipe(steps=args.train_steps, size=args.size, seed=args.seed, preview_every=0)
+        path = p3_model.embedding_path(out, concept.token)
+        print(p3_invert.invert(model, tokens, concept, files, settings, path, out / path.stem, deadline=deadline))
+
+
+# -------------------------------------------------------------------------------- main
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", help="concepts and prompts")
+    parser.add_argument("out", help="output folder")
+    parser.add_argument("ckpt", help="sd-v1-4.ckpt, or another checkpoint that --config describes")
+    parser.add_argument("--embeddings", default=str(p3_model.ROOT / "embeddings"), help="folder of learned embeddings")
+    parser.add_argument("--images", type=int, default=25, help="pictures a prompt (default: 25, what the grader takes)")
+    parser.add_argument("--steps", type=int, default=25, help="DPM-Solver++ steps (default: 25)")
+    parser.add_argument("--scale", type=float, default=7.5, help="guidance scale (default: 7.5)")
+    parser.add_argument("--batch-size", type=int, help="pictures at once (default: by free memory)")
+    parser.add_argument("--time-limit", type=float, help="seconds for everything; steps are lowered to keep it")
+    parser.add_argument("--train-missing", action="store_true", help="train absent embeddings from JSON's folder")
+    parser.add_argument("--train-steps", type=int, default=p3_invert.Recipe().steps, help="of --train-missing, at most")
+    parser.add_argument("--prompt", help="draw this prompt instead of the JSON's, into OUT/prompt.png")
+    p3_model.add_model_options(parser)
+    add_device_options(parser)
+    args = parser.parse_args()
+    p3_model.check_size(args.size)
+    for name in ("images", "steps", "batch_size", "train_steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: take 1 or more")
+    return args
+
+
+@cli
+def main():
+    args = arguments()
+    concepts = read_concepts(args.json)
+    prompts = [args.prompt] if args.prompt else [p for c in concepts for p in c.prompts]
+    out = output_folder(args.out)
+    device = pick_device(args.device)
+    dtype = pick_precision(args.precision, device)
+    model = p3_model.load_stable_diffusion(args.ckpt, device, dtype, args.config)
+    tokens, missing = p3_model.learned_tokens(model), tokens_in(prompts, concepts)
+    for folder in (args.embeddings, out / ".embeddings"):
+        missing = p3_model.load_embeddings(tokens, folder, missing)
+    jobs = sources_of(missing, concepts, pathlib.Path(args.json).parent, args)
+
+    batch = args.batch_size or p3_model.fitting_batch(model, args.size)
+    weights = p3_model.weights_id(model)
+    settings = Settings(args.images, args.steps, args.scale, args.size, args.seed, str(dtype), weights)
+    clock = Clock(START + args.time_limit if args.time_limit else None)
+    if jobs:
+        clock.start(lambda steps: generate(model, "", range(batch), steps, settings), batch)
+        train_missing(model, tokens, jobs, output_folder(out / ".embeddings"), args, clock, len(prompts) * args.images)
+    if args.prompt:
+        sheet(model, args.prompt, settings, out, batch)
+        print(f"wrote {args.images} pictures of {args.prompt!r} to {out / 'prompt.png'}")
+        return
+    todo, finished = plan(concepts, settings, tokens, out)
+    there = len(finished)
+    if todo:
+        clock.start(lambda steps: generate(model, "", range(batch), steps, settings), batch)
+    lowered = make(model, tokens, todo, finished, settings, out, clock, batch)
+    if lowered:
+        print(f"{lowered} pictures have fewer than {args.steps} steps, for lack of time; run again to make them anew")
+    seconds = time.monotonic() - START
+    print(f"wrote {len(finished) - there} pictures to {out} ({there} were there already) in {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Stable Diffusion as Problem 3 uses it: loading, learned embeddings on disk, pictures of a prompt.
+
+    model = load_stable_diffusion("model.ckpt", device, torch.float16)
+    pictures = generate(model, "A photo of a dog", range(4))         # uint8 [4, 3, 512, 512]
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import pathlib
+import sys
+
+import torch
+
+from utils import UserError, noise_stream, to_uint8
+
+ROOT = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "stable-diffusion"))
+
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler  # noqa: E402
+from ldm.modules.textual_inversion import LearnedTokens, read_embeddings  # noqa: E402
+from ldm.util import ModelError, free_memory, load_model  # noqa: E402
+
+CONFIG = ROOT / "stable-diffusion/configs/stable-diffusion/v1-inference.yaml"
+
+
+def add_model_options(parser):
+    """What both scripts of Textual Inversion ask about the model."""
+    parser.add_argument("--config", default=str(CONFIG), help="the model's YAML (default: Stable Diffusion v1)")
+    parser.add_argument("--size", type=int, default=512, help="side of a picture, a multiple of 64 (default: 512)")
+
+
+@contextlib.contextmanager
+def user_errors():
+    """ldm's ModelError as the UserError that `utils.cli` reports."""
+    try:
+        yield
+    except ModelError as e:
+        raise UserError(str(e)) from None
+
+
+def load_stable_diffusion(ckpt, device, dtype, config=CONFIG):
+    """The frozen LatentDiffusion of a checkpoint in CompVis's layout, network and autoencoder in `dtype`."""
+    with user_errors():
+        return load_model(config, ckpt, device, dtype)
+
+
+def check_size(size):
+    if size < 64 or size % 64:
+        raise UserError(f"--size {size}: take a multiple of 64, at least 64; the model was trained at 512")
+
+
+def weights_id(model):
+    """Sixteen hexadecimal digits that tell this network from others, of its first and last layer."""
+    network = model.model.diffusion_model
+    digest = hashlib.sha256()
+    for layer in (network.input_blocks[0][0], network.out[2]):
+        digest.update(layer.weight.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def generate(model, prompt, indices, steps=25, scale=7.5, size=512, seed=0):
+    """Pictures of one prompt, uint8 [len(indices), 3, size, size]: DPM-Solver++(2M), guidance scale `scale`.
+
+    Picture i starts from the noise of the seed `seed + i`, so that it is the same in any batch.
+    """
+    shape = [model.channels, size // 8, size // 8]
+    cond, uncond = model.get_learned_conditioning([prompt]), model.get_learned_conditioning([""])
+    x_T = noise_stream(seed, indices, shape)()
+    guidance = {"unconditional_guidance_scale": scale, "unconditional_conditioning": uncond}
+    latents, _ = DPMSolverSampler(model).sample(steps, len(indices), shape, cond, x_T=x_T, verbose=False, **guidance)
+    return to_uint8(model.decode_first_stage(latents)).cpu()
+
+
+def fitting_batch(model, size, most=5):
+    """How many pictures to make at once: as many as memory holds, at most `most`. On a CPU 1: more are not faster.
+
+    A guided picture of 512x512 is reckoned as 1 GB in half precision, most of it for sliced attention (torch < 2.0).
+    """
+    if model.device.type == "cpu":
+        return 1
+    picture = 2**30 * (size / 512) ** 2 * torch.empty(0, dtype=model.dtype).element_size() / 2
+    return int(max(1, min(most, 0.8 * free_memory(model.device) / picture)))
+
+
+# -------------------------------------------------------------------------------- embeddings
+
+
+def learned_tokens(model):
+    """The LearnedTokens patch of this model's text encoder, without any token yet."""
+    return LearnedTokens(model.cond_stage_model)
+
+
+def embedding_path(folder, token):
+    """Where the embedding of a token is kept: <new1> in new1.pt."""
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in token.strip("<>"))
+    return pathlib.Path(folder) / f"{name or 'token'}.pt"
+
+
+def load_embeddings(tokens, folder, wanted):
+    """Adds those of the `wanted` tokens that the files of a folder have for this text encoder; returns the others.
+
+    Takes every format that ldm reads. A file learned with another text encoder is passed over, with a warning.
+    """
+    files = sorted(p for p in pathlib.Path(folder).glob("*") if p.suffix in (".pt", ".bin", ".safetensors"))
+    with user_errors():
+        for path in files:
+            vectors, metadata = read_embeddings(path)
+            useful = [t for t in vectors if t in wanted and t not in tokens]
+            if not useful:
+                continue
+            if metadata.get("base_model") not in (None, tokens.base_model):
+                print(f"warning: {path}: learned with another text encoder; not used", file=sys.stderr)
+                continue
+            for token in useful:
+                tokens.add(token, vectors[token], **metadata)
+    return [t for t in wanted if t not in tokens]
+
+
+def embedding_id(tokens, prompt):
+    """Sixteen hexadecimal digits of the learned vectors that a prompt uses."""
+    digest = hashlib.sha256()
+    for token in sorted(t for t in tokens.tokens if t in prompt):
+        digest.update(token.encode() + tokens[token].detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,102 @@
+"""Textual Inversion (Gal et al. 2023): learns an embedding for each concept of a JSON and writes it to embeddings/.
+
+    python3 p3_textual_inversion.py --json hw2_data/textual_inversion/input.json --data hw2_data/textual_inversion \
+        --ckpt stable-diffusion/ldm/models/stable-diffusion-v1/model.ckpt --out embeddings
+
+Steps, previews and losses go to --work; run again, it resumes there. At the end the step with the best grader's score
+(CLIP ViT-B/32 on validation prompts of our own) is kept, or without a CLIP the one with the lowest held-back loss.
+"""
+from __future__ import annotations
+
+import argparse
+import pathlib
+import time
+
+from concepts import image_files, read_concepts
+from p3_clip import load_clip
+from p3_invert import Recipe, invert
+from p3_model import add_model_options, check_size, embedding_path, learned_tokens, load_stable_diffusion
+from utils import UserError, add_device_options, cli, output_folder, pick_device, pick_precision
+
+
+def arguments():
+    default = Recipe()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", default="hw2_data/textual_inversion/input.json")
+    parser.add_argument("--data", default="hw2_data/textual_inversion", help="source images, in {source}/*.jpg")
+    parser.add_argument("--ckpt", default="stable-diffusion/ldm/models/stable-diffusion-v1/model.ckpt")
+    parser.add_argument("--out", default="embeddings", help="folder of the embeddings (default: embeddings)")
+    parser.add_argument("--work", default="runs/textual_inversion", help="steps and previews; resumed if there")
+    parser.add_argument("--only", nargs="+", metavar="SOURCE", help="only these entries of the JSON, as in --only 0")
+    parser.add_argument("--clip", help="name, folder, file, or none (default: ViT-B/32, if it can be had)")
+    parser.add_argument("--max-time", type=float, metavar="MINUTES", help="for everything, the choice included")
+    parser.add_argument("--steps", type=int, default=default.steps)
+    parser.add_argument("--batch-size", type=int, default=default.batch, dest="batch")
+    parser.add_argument("--accumulate", type=int, default=default.accumulate, help="batches a step")
+    parser.add_argument("--lr", type=float, default=default.lr, help="of one picture; scaled by their number a step")
+    parser.add_argument("--vectors", type=int, default=default.vectors, help="vectors a token (default: 1)")
+    parser.add_argument("--init-word", default="", help='words to start from, say "corgi" (default: src_image)')
+    parser.add_argument("--kind", default=default.kind, choices=["auto", "object", "style"], help="of the captions")
+    parser.add_argument("--flip", default=default.flip, choices=["auto", "on", "off"], help="mirror every other crop")
+    parser.add_argument("--crops", type=int, default=default.crops, help="random crops a picture")
+    parser.add_argument("--norm-pull", type=float, default=default.norm_pull, help="toward the mean norm, a step")
+    parser.add_argument("--save-every", type=int, default=default.save_every)
+    parser.add_argument("--preview-every", type=int, default=default.preview_every, help="0: no previews")
+    add_model_options(parser)
+    add_device_options(parser)
+    args = parser.parse_args()
+    check_size(args.size)
+    for name in ("steps", "batch", "accumulate", "vectors", "crops", "save_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: take 1 or more")
+    return args
+
+
+def chosen(concepts, args):
+    """The concepts of --only, each with its pictures."""
+    known = [c.key for c in concepts]
+    for key in args.only or []:
+        if key not in known:
+            raise UserError(f"--only {key}: {args.json} has no such entry; take one of {', '.join(known)}")
+    concepts = [c for c in concepts if not args.only or c.key in args.only]
+    if args.init_word and len(concepts) > 1:
+        raise UserError("--init-word: is for one concept; add --only with its entry")
+    return [(c, image_files(pathlib.Path(args.data) / c.key)) for c in concepts]
+
+
+def judge(name, device):
+    """The CLIP that chooses the step; None, and a line, where the default one cannot be had."""
+    if name == "none":
+        return None
+    try:
+        return load_clip(name or "ViT-B/32", device)
+    except UserError as e:
+        if name:
+            raise
+        print(f"steps will be chosen by their loss, not by the grader's score: {e}")
+        return None
+
+
+@cli
+def main():
+    begin = time.monotonic()
+    args = arguments()
+    jobs = chosen(read_concepts(args.json), args)
+    out, device = output_folder(args.out), pick_device(args.device)
+    clip = judge(args.clip, device)
+    model = load_stable_diffusion(args.ckpt, device, pick_precision(args.precision, device), args.config)
+    tokens, recipe = learned_tokens(model), Recipe(**{k: v for k, v in vars(args).items() if k in Recipe._fields})
+    done = []
+    for n, (concept, files) in enumerate(jobs):
+        deadline = None
+        if args.max_time:
+            end = begin + 60 * args.max_time
+            deadline = time.monotonic() + (end - time.monotonic()) / (len(jobs) - n)
+        path = embedding_path(out, concept.token)
+        work = pathlib.Path(args.work) / path.stem
+        done.append(invert(model, tokens, concept, files, recipe, path, work, clip, deadline))
+    print("\n".join(done))
+
+
+if __name__ == "__main__":
+    main()
