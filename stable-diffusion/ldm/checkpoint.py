@@ -67,9 +67,14 @@ def _rebuild_parameter(tensor, *unused):
     return tensor
 
 
+def _rebuild_subclass(rebuild, tensor_class, arguments, state):
+    return rebuild(*arguments)
+
+
 _BUILT = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor, ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter, ("torch", "Size"): tuple, ("torch", "device"): Inert,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_subclass,
     ("collections", "OrderedDict"): collections.OrderedDict, ("__builtin__", "set"): set,
     **{("builtins", t.__name__): t for t in (dict, list, tuple, set, int, float, bool, str)},
 }
@@ -93,7 +98,7 @@ class _Unpickler(pickle.Unpickler):
             return _DTYPES[name[:-7]]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if module.split(".")[0] in _INERT_PACKAGES or module.startswith("torch.nn.modules."):
+        if module.split(".")[0] in _INERT_PACKAGES or module.startswith("torch.nn."):
             return Inert
         raise pickle.UnpicklingError(f"it would run {module}.{name}")
 
@@ -188,14 +193,13 @@ def read_state_dict(path):
     return tensors
 
 
-def load_weights(model, path, device="cpu", dtype=torch.float32):
-    """Puts the weights of a checkpoint into a LatentDiffusion, one tensor at a time, and moves them to `device`.
+def load_weights(model, stored, path, device="cpu", dtype=torch.float32):
+    """Puts read_state_dict(path) into a LatentDiffusion, one tensor at a time, and moves it to `device`.
 
     U-Net and autoencoder become `dtype`, with convolutions in channels_last; the rest keeps its own precision. What the
     file has beyond the model (averaged copies, losses) is left out. ModelError where it lacks a weight, or one has
     another shape.
     """
-    stored = read_state_dict(path)
     own = model.state_dict(keep_vars=True)
     text = "cond_stage_model.transformer."
     stored = {re.sub(rf"^{text}(?!text_model\.)", f"{text}text_model.", k): v for k, v in stored.items()}

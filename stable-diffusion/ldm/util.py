@@ -53,13 +53,14 @@ def load_model(config, ckpt, device="cpu", dtype=torch.float32):
     embeddings want its precision. Weights go tensor by tensor from the file to their place: memory peaks at the model's
     own size.
     """
-    from ldm.checkpoint import load_weights
+    from ldm.checkpoint import load_weights, read_state_dict
 
+    stored = read_state_dict(ckpt)          # first: its errors come at once
     if isinstance(config, (str, pathlib.Path)):
         config = read_config(config)
     with uninitialised():
         model = instantiate_from_config(config.model)
-    load_weights(model, ckpt, device, dtype)
+    load_weights(model, stored, ckpt, device, dtype)
     return model.to(device).eval().requires_grad_(False)
 
 

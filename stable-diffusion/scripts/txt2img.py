@@ -1,8 +1,8 @@
 """Makes pictures from prompts with Stable Diffusion v1.
 
-    python3 scripts/txt2img.py --prompt "a photograph of an astronaut riding a horse" --ckpt sd-v1-4.ckpt --outdir outputs
+    python3 scripts/txt2img.py --prompt "an astronaut riding a horse" --ckpt sd-v1-4.ckpt --outdir outputs
 
-Writes OUTDIR/samples/00000.png ... and OUTDIR/grid-0000.png. Picture number i has the seed SEED + i, whatever the batch.
+Writes OUTDIR/samples/00000.png ... and OUTDIR/grid-0000.png. Picture i has the seed SEED + i, whatever the batch.
 """
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def parse_args(argv=None):
     add("--scale", type=float, default=7.5, help="guidance scale (default: 7.5)")
     add("--config", default=str(ROOT / "configs/stable-diffusion/v1-inference.yaml"))
     add("--ckpt", help=f"checkpoint, .ckpt or .safetensors (default: {' or '.join(CKPT)})")
-    add("--embedding_path", nargs="*", default=[], help="files of learned embeddings, for prompts with their placeholders")
+    add("--embedding_path", nargs="*", default=[], help="files of learned embeddings for placeholders in prompts")
     add("--seed", type=int, default=42)
     add("--precision", choices=["full", "autocast"], default="autocast",
         help="autocast: half precision on a GPU, bfloat16 on a CPU that multiplies it fast; full: float32")
@@ -90,7 +90,7 @@ def check(opt):
     if opt.ckpt is None:
         opt.ckpt = next((ROOT / p for p in CKPT if (ROOT / p).is_file()), None)
     if opt.ckpt is None or not pathlib.Path(opt.ckpt).is_file():
-        raise ModelError(f"{opt.ckpt or ROOT / CKPT[0]}: no such checkpoint; download sd-v1-4.ckpt, or give --ckpt FILE")
+        raise ModelError(f"{opt.ckpt or ROOT / CKPT[0]}: no such checkpoint; fetch sd-v1-4.ckpt, or give --ckpt FILE")
 
 
 def watermarker():
@@ -111,7 +111,7 @@ def save(image, path):
 
 
 def next_number(folder, prefix=""):
-    """One more than the largest number among prefix00000.png ... in the folder: earlier pictures are never written over."""
+    """One more than the largest number among prefix00000.png ... in the folder: nothing is written over."""
     numbers = [p.stem[len(prefix) :] for p in folder.glob(f"{prefix}*.png")]
     return max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.modules.diffusionmodules.util import make_beta_schedule
 from ldm.util import instantiate_from_config
 
 # Entries of CompVis's configs that concern training the network from scratch: taken, and not used.
@@ -39,8 +38,8 @@ class LatentDiffusion(nn.Module):
                  linear_start=1e-4, linear_end=2e-2, image_size=64, channels=4, scale_factor=1.0,
                  conditioning_key="crossattn", cond_stage_trainable=False, parameterization="eps", **training):
         super().__init__()
-        if parameterization != "eps" or conditioning_key not in ("crossattn", None):
-            raise ValueError("LatentDiffusion: only eps prediction with conditioning by cross-attention is supported")
+        if (parameterization, beta_schedule, conditioning_key) != ("eps", "linear", "crossattn"):
+            raise ValueError("LatentDiffusion: only eps, linear schedule and cross-attention are supported")
         unknown = sorted(set(training) - TRAINING_ONLY)
         if unknown:
             warnings.warn(f"LatentDiffusion: {', '.join(unknown)} in the config: unknown, not used", stacklevel=2)
@@ -50,7 +49,8 @@ class LatentDiffusion(nn.Module):
         self.model = DiffusionWrapper(unet_config)
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
         self.cond_stage_model = instantiate_from_config(cond_stage_config)
-        self._register_schedule(make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end))
+        # "linear" is linear in sqrt(beta), in latent diffusion's terms
+        self._register_schedule(torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64) ** 2)
 
     def _register_schedule(self, betas):
         """The constants of Ho et al. 2020 as float32 buffers [T], under the names that checkpoints have."""

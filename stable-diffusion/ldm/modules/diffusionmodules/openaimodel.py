@@ -1,13 +1,21 @@
 """The denoising U-Net of latent diffusion (Rombach et al. 2022; residual blocks of Dhariwal & Nichol 2021)."""
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.model import Upsample
-from ldm.modules.diffusionmodules.util import timestep_embedding
+
+
+def timestep_embedding(timesteps, dim, max_period=10000):
+    """cos(t w_i) and sin(t w_i), w_i = max_period^(-i / (dim/2)) (Vaswani et al. 2017, section 3.5): [B, dim]."""
+    frequencies = torch.exp(torch.arange(dim // 2, device=timesteps.device) * (-math.log(max_period) / (dim // 2)))
+    angles = timesteps.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class ResBlock(nn.Module):

@@ -106,7 +106,8 @@ def _to_checkpoint_names(module, state_dict, prefix, metadata):
 
 
 def _positions(model):
-    return model.text_model.embeddings.position_ids
+    ids = model.text_model.embeddings.position_ids
+    return torch.arange(ids.shape[1], device=ids.device)[None]
 
 
 def _text_config(version, overrides):
