@@ -46,9 +46,9 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 class FaceDiffusion(pl.LightningModule):
     """Algorithm 1 of DDPM (Ho et al. 2020) on batches uint8 [B, 3, S, S], each picture flipped half of the time."""
 
-    def __init__(self, config, lr, total_steps):
+    def __init__(self, config, lr, total_steps, warmup):
         super().__init__()
-        self.config, self.lr, self.total_steps = config, lr, total_steps
+        self.config, self.lr, self.total_steps, self.warmup = config, lr, total_steps, warmup
         self.alpha_bar = schedule("linear", 1000)           # what p2_ddim.py samples with
         self.model = UNet(config["channel"]).to(memory_format=torch.channels_last)
 
@@ -70,7 +70,7 @@ class FaceDiffusion(pl.LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.99), weight_decay=0.01)
-        return warmup_cosine(optimizer, self.total_steps)
+        return warmup_cosine(optimizer, self.total_steps, self.warmup)
 
 
 class Samples(pl.Callback):
@@ -163,8 +163,8 @@ def main(argv=None):
     output_folder(out / "samples")
     config = {"channel": args.channel, "size": args.size, "min_snr": args.min_snr or None}
     pl.seed_everything(args.seed, verbose=False)
-    module = FaceDiffusion(config, args.lr, args.steps)
-    ema = EMAWeightAveraging(decay=args.ema, update_starting_at_step=min(200, args.epoch_steps))
+    module = FaceDiffusion(config, args.lr, args.steps, args.warmup)
+    ema = EMAWeightAveraging(decay=args.ema, update_starting_at_step=args.warmup)
     trainer = lightning_trainer(args, [Samples(out), ema])
     trainer.fit(
         module,
