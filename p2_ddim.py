@@ -160,7 +160,7 @@ class Sampler:
         """How many pictures of this size fit: at the top of the U-Net one takes about 12 maps [channel, size, size]."""
         if self.batch_size:
             return self.batch_size
-        free = 0.6 * torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 1e9
+        free = 0.6 * torch.cuda.mem_get_info(self.device.index)[0] if self.device.type == "cuda" else 1e9
         return max(1, int(free / (12 * self.channel * size**2 * torch.finfo(self.dtype).bits / 8)))
 
 
