@@ -175,7 +175,8 @@ def make(model, tokens, todo, finished, settings, out, clock, batch):
         for part in (indices[i : i + batch] for i in range(0, len(indices), batch)):
             steps = clock.steps(settings.steps, left)
             if steps < settings.steps and not lowered:
-                bar.write(f"time is short: {steps} steps a picture instead of {settings.steps}")
+                minutes = clock.needs(left, steps) / 60
+                bar.write(f"time is short: {steps} steps instead of {settings.steps}; {minutes:.1f} minutes to go")
             lowered += len(part) * (steps < settings.steps)
             begin = time.monotonic()
             pictures = generate(model, prompt, part, steps, settings)

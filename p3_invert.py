@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from concepts import open_image
 from p3_clip import best_fifth, image_scores, text_scores
-from p3_model import generate, user_errors
+from p3_model import generate, user_errors, weights_id
 from utils import UserError, atomic, image_grid, load_checkpoint, output_folder, save_checkpoint, save_png
 
 
@@ -152,7 +152,7 @@ def train(model, tokens, token, moments, held, captions, recipe, work, deadline=
     vectors = tokens[token]
     optimizer = torch.optim.AdamW([vectors], lr=recipe.lr * recipe.batch * recipe.accumulate, weight_decay=0.0)
     scaler = grad_scaler(model)
-    losses = resume(work, recipe, vectors, optimizer, scaler)
+    losses = resume(work, training_id(model, token, recipe), vectors, optimizer, scaler)
     mean_norm = tokens.mean_norm
     first = len(losses)
     bar = tqdm(range(first, recipe.steps), f"invert {token}", initial=first, total=recipe.steps, unit="step")
@@ -213,20 +213,25 @@ def save_step(model, tokens, token, held, captions, recipe, work, losses, optimi
         tokens.save(work / f"step_{step:05d}.pt", [token], step=step, scores={"held_back_loss": loss})
     with atomic(work / "losses.csv") as temporary:
         temporary.write_text("step,loss\n" + "".join(f"{i + 1},{x:.6f}\n" for i, x in enumerate(losses)))
-    save_checkpoint({"recipe": recipe._asdict(), "losses": losses, "vectors": tokens[token].detach().cpu(),
-                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, work / "state.pt")
+    state = {"training": training_id(model, token, recipe), "losses": losses, "vectors": tokens[token].detach().cpu()}
+    save_checkpoint({**state, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, work / "state.pt")
 
 
-def resume(work, recipe, vectors, optimizer, scaler):
-    """Restores an interrupted training of the same recipe (only `steps` may grow). Returns the losses so far."""
+def training_id(model, token, recipe):
+    """What a resumed training must share with the one it goes on from: all but the number of steps."""
+    settings = {k: v for k, v in recipe._asdict().items() if k != "steps"}
+    return {**settings, "token": token, "model": weights_id(model), "precision": str(model.dtype)}
+
+
+def resume(work, training, vectors, optimizer, scaler):
+    """Restores an interrupted training with the same `training_id`. Returns the losses so far, [] for a new one."""
     path = work / "state.pt"
     if not path.is_file():
         return []
     state = load_checkpoint(path)
-    changed = [k for k, v in recipe._asdict().items() if k != "steps" and state["recipe"].get(k) != v]
-    if changed or state["vectors"].shape != vectors.shape:
-        changed = ", ".join(changed)
-        raise UserError(f"{path}: of a training with other settings ({changed}); remove {work} to start anew")
+    changed = ", ".join(k for k, v in training.items() if state["training"].get(k) != v)
+    if changed:
+        raise UserError(f"{path}: of a training with another {changed}; remove {work} to start anew")
     vectors.data.copy_(state["vectors"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
@@ -305,4 +310,4 @@ def invert(model, tokens, concept, files, recipe, out, work, clip=None, deadline
         tokens.save(out, [token], step=step, scores=scores)
     short = f" (time was out after {steps} of {recipe.steps})" if steps < recipe.steps else ""
     numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items())
-    return f"{token}, a {kind}: step {step}{short}, chosen by {why}: {numbers}; wrote {pathlib.Path(out)}"
+    return f"{token} ({kind}): step {step}{short}, chosen by {why}: {numbers}; wrote {pathlib.Path(out)}"

@@ -31,12 +31,12 @@ def add_model_options(parser):
 
 
 @contextlib.contextmanager
-def user_errors():
-    """ldm's ModelError as the UserError that `utils.cli` reports."""
+def user_errors(where=""):
+    """ldm's ModelError as the UserError that `utils.cli` reports, with `where` before its text."""
     try:
         yield
     except ModelError as e:
-        raise UserError(str(e)) from None
+        raise UserError(f"{where}{e}") from None
 
 
 def load_stable_diffusion(ckpt, device, dtype, config=CONFIG):
@@ -51,11 +51,10 @@ def check_size(size):
 
 
 def weights_id(model):
-    """Sixteen hexadecimal digits that tell this network from others, of its first and last layer."""
-    network = model.model.diffusion_model
+    """Sixteen hexadecimal digits of the last layer's weights, which tell this network from others."""
     digest = hashlib.sha256()
-    for layer in (network.input_blocks[0][0], network.out[2]):
-        digest.update(layer.weight.float().cpu().contiguous().numpy().tobytes())
+    for p in list(model.model.parameters())[-2:]:
+        digest.update(p.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -104,16 +103,17 @@ def load_embeddings(tokens, folder, wanted):
     Takes every format that ldm reads. A file learned with another text encoder is passed over, with a warning.
     """
     files = sorted(p for p in pathlib.Path(folder).glob("*") if p.suffix in (".pt", ".bin", ".safetensors"))
-    with user_errors():
-        for path in files:
+    for path in files:
+        with user_errors():
             vectors, metadata = read_embeddings(path)
-            useful = [t for t in vectors if t in wanted and t not in tokens]
-            if not useful:
-                continue
-            if metadata.get("base_model") not in (None, tokens.base_model):
-                print(f"warning: {path}: learned with another text encoder; not used", file=sys.stderr)
-                continue
-            for token in useful:
+        useful = [t for t in vectors if t in wanted and t not in tokens]
+        if not useful:
+            continue
+        if metadata.get("base_model") not in (None, tokens.base_model):
+            print(f"warning: {path}: learned with another text encoder; not used", file=sys.stderr)
+            continue
+        for token in useful:
+            with user_errors(f"{path}: "):
                 tokens.add(token, vectors[token], **metadata)
     return [t for t in wanted if t not in tokens]
 

@@ -160,12 +160,16 @@ def save_all(folder, images):
 
 
 def run_grader(folder, clip_file, monkeypatch):
-    """Runs evaluation/grade_hw2_3.py; returns its exit code."""
-    spec = importlib.util.spec_from_file_location("grade_hw2_3", ROOT / "evaluation/grade_hw2_3.py")
+    options = {"json_path": folder / "input.json", "input_dir": folder, "output_dir": folder / "out"}
+    return run_script("grade_hw2_3", {**options, "clip": clip_file}, monkeypatch)
+
+
+def run_script(name, options, monkeypatch):
+    """Runs a script of evaluation/; returns its exit code."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"evaluation/{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    options = {"json_path": folder / "input.json", "input_dir": folder, "output_dir": folder / "out", "clip": clip_file}
-    monkeypatch.setattr(sys, "argv", ["grade", "--device=cpu", *(f"--{k}={v}" for k, v in options.items())])
+    monkeypatch.setattr(sys, "argv", [name, "--device=cpu", *(f"--{k}={v}" for k, v in options.items())])
     try:
         script.main()
     except SystemExit as e:
@@ -183,6 +187,18 @@ def test_the_grader_prints_the_scores_and_holds_them_against_the_baselines(grade
     assert first.endswith("passed") and second.endswith("failed")
     assert f"CLIP image score {want[0]:.2f}, CLIP text score {want[1]:.2f}" in second
     assert last == "1 of 2 prompts reach both baselines"
+
+
+def test_the_scores_of_one_folder_are_printed(graded, clip_file, monkeypatch, capsys):
+    clip, out = p3_clip.load_clip(str(clip_file)), graded / "out/0/0"
+    files = concepts.image_files(out)
+    image = p3_clip.image_scores(clip, files, concepts.image_files(graded / "0")).mean()
+    options = {"output_dir": out, "clip": clip_file}
+    assert run_script("clip_image_score", {**options, "input_dir": graded / "0"}, monkeypatch) == 0
+    assert f"CLIP image score: {image:.2f} (mean of 25 images against 3)" in capsys.readouterr().out
+    text = p3_clip.text_scores(clip, files, "a dog").mean()
+    assert run_script("clip_text_score", {**options, "prompt": "a dog"}, monkeypatch) == 0
+    assert f"CLIP text score: {text:.2f} (mean of 25 images)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", ["one too few", "one too many"])

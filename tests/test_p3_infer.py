@@ -1,4 +1,4 @@
-"""p3_infer.py and hw2_3.sh on a tiny Stable Diffusion: the contract's layout, resuming, missing embeddings, the clock."""
+"""p3_infer.py and hw2_3.sh on a tiny Stable Diffusion: layout, resuming, missing embeddings, the time limit."""
 import importlib.util
 import json
 import os
@@ -68,8 +68,8 @@ def test_hw2_3_writes_2x2x25_pictures_and_the_grader_accepts_them(files, tmp_pat
     """From nothing but the JSON, its source pictures and the checkpoint: both tokens are trained on the way."""
     json_file, out = p3_tiny.write_concepts(tmp_path / "data"), tmp_path / "out"
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    small = ["--size", 64, "--steps", 1, "--batch-size", 5, "--train-steps", 1, "--device", "cpu", "--precision", "fp32"]
-    small += ["--config", files[0], "--embeddings", tmp_path]
+    small = ["--size", 64, "--steps", 1, "--batch-size", 5, "--train-steps", 1, "--device", "cpu"]
+    small += ["--precision", "fp32", "--config", files[0], "--embeddings", tmp_path]
     command = map(str, ["bash", ROOT / "hw2_3.sh", json_file, out, files[1], *small])
     done = subprocess.run(list(command), capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -259,6 +259,13 @@ def test_an_embedding_of_another_model_is_not_used(task, embeddings, tmp_path, m
     assert "learned with another text encoder" in error and "has no embedding" in error
 
 
+def test_an_embedding_of_another_width_is_named(task, tmp_path, monkeypatch, capsys):
+    torch.save({"<new1>": torch.zeros(1, 768)}, tmp_path / "wide.pt")
+    assert run(monkeypatch, *task, "--embeddings", tmp_path) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "wide.pt: <new1>" in error and "768" in error
+
+
 # ------------------------------------------------------------------------------------------------ time
 
 
@@ -293,7 +300,7 @@ def test_pictures_of_lowered_steps_are_said_and_made_anew_when_there_is_time(tas
     assert run(monkeypatch, *task, "--time-limit", 0.001) == 0
     said = capsys.readouterr()
     assert "4 pictures have fewer than 12 steps" in said.out
-    assert "time is short: 8 steps a picture instead of 12" in said.err + said.out
+    assert "time is short: 8 steps instead of 12" in said.err + said.out
     hurried = contents(task[1])
     assert run(monkeypatch, *task) == 0
     assert "wrote 4 pictures" in capsys.readouterr().out
