@@ -31,9 +31,10 @@ class DigitDiffusion(pl.LightningModule):
     """Algorithm 1 of DDPM on batches (uint8 [B, 3, 28, 28], digit [B], domain [B]), with the digit dropped for
     guidance."""
 
-    def __init__(self, config, lr, total_steps, drop):
+    def __init__(self, config, lr, total_steps, warmup, drop):
         super().__init__()
-        self.config, self.lr, self.total_steps, self.drop = config, lr, total_steps, drop
+        self.config, self.lr, self.drop = config, lr, drop
+        self.total_steps, self.warmup = total_steps, warmup
         self.alpha_bar = schedule(config["schedule"], config["T"])
         self.model = DigitUNet(config["channels"], config["deep"]).to(memory_format=torch.channels_last)
 
@@ -64,9 +65,8 @@ class DigitDiffusion(pl.LightningModule):
             self.log(f"val_loss_{name}", loss[batch[2] == d].mean(), sync_dist=True)
 
     def configure_optimizers(self):
-        return warmup_cosine(
-            torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.99), weight_decay=0.01), self.total_steps
-        )
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        return warmup_cosine(optimizer, self.total_steps, self.warmup)
 
 
 class Samples(pl.Callback):
@@ -163,8 +163,8 @@ def main(argv=None):
     train = BalancedDigits(args.data, "train", length=args.epoch_steps * args.batch_size)
     val = BalancedDigits(args.data, "val", length=2000)
     pl.seed_everything(args.seed, verbose=False)
-    module = DigitDiffusion(config, args.lr, args.steps, args.drop)
-    callbacks = [Samples(out, args.classifiers), EMAWeightAveraging(decay=args.ema, update_starting_at_step=200)]
+    module = DigitDiffusion(config, args.lr, args.steps, args.warmup, args.drop)
+    callbacks = [Samples(out, args.classifiers), EMAWeightAveraging(decay=args.ema, update_starting_at_step=args.warmup)]
     trainer = lightning_trainer(args, callbacks)
     trainer.fit(
         module,

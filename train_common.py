@@ -24,6 +24,8 @@ def add_training_options(parser, out, steps, batch_size, lr, ema, epoch_steps=50
     parser.add_argument("--batch-size", type=int, default=batch_size, help=f"a device (default: {batch_size})")
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--ema", type=float, default=ema, help="decay of the weights' moving average, a step")
+    parser.add_argument("--warmup", type=int, default=200, help="steps of rising learning rate (default: 200)")
+    parser.add_argument("--max-epochs", type=int, help="stop after this epoch, with a resumable checkpoint")
     parser.add_argument("--max-time", help="stop after DD:HH:MM:SS, with a resumable checkpoint")
     parser.add_argument("--devices", default="1", help="GPUs or CPU processes a node; more than one means DDP")
     parser.add_argument("--num_nodes", type=int, default=1)
@@ -31,7 +33,7 @@ def add_training_options(parser, out, steps, batch_size, lr, ema, epoch_steps=50
     add_device_options(parser)
 
 
-def warmup_cosine(optimizer, total_steps, warmup=200):
+def warmup_cosine(optimizer, total_steps, warmup):
     """Lightning's dictionary of an optimizer whose learning rate rises linearly for `warmup` steps, then falls to 0
     on a cosine."""
 
@@ -81,6 +83,7 @@ def lightning_trainer(args, callbacks):
         num_nodes=args.num_nodes,
         precision={torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}[dtype],
         max_steps=args.steps,
+        max_epochs=args.max_epochs or -1,
         max_time=args.max_time,
         gradient_clip_val=1.0,
         logger=loggers,

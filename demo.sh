@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# bash demo.sh: sets up .venv, generates the 1,000 digits of Problem 1 into output/, grades them, draws a grid of each domain.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+. ./setup.sh
+
+set_up requirements.txt
+bash hw2_download_ckpt.sh
+
+say "Problem 1: bash hw2_1.sh output"
+bash hw2_1.sh output
+say "grading output/"
+.venv/bin/python3 digit_classifier.py --folder output
+say "10 digits by 10 noises, and the reverse process"
+.venv/bin/python3 p1_infer.py --grid output/grid.png --trajectory output/reverse.png

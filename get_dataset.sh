@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# bash get_dataset.sh: fetches the course's hw2_data (digits, face, textual_inversion, clip_zeroshot) into ./hw2_data.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+id=1W6Y1OmjzNw2qHoGDCpGOwGpw27wLg1fi            # the zip on the course's Google Drive
+PATH="$PWD/.venv/bin:$PATH"
+
+[ ! -d hw2_data/digits ] || { echo "hw2_data is there already"; exit 0; }
+command -v gdown >/dev/null || { echo "error: gdown is missing; pip install gdown" >&2; exit 2; }
+if ! gdown "$id" -O hw2_data.zip.tmp; then
+    rm -f hw2_data.zip.tmp
+    echo "error: the course's drive could not be reached, or is closed; put the course's hw2_data folder here by hand" >&2
+    exit 2
+fi
+python3 -m zipfile -e hw2_data.zip.tmp . || { echo "error: hw2_data.zip.tmp is no whole zip; run this again" >&2; exit 2; }
+rm hw2_data.zip.tmp
+[ -d hw2_data/digits ] || { echo "error: the zip holds no hw2_data/digits; the course has changed it" >&2; exit 2; }
+echo "wrote hw2_data"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# bash test.sh [pytest options]: sets up .venv, then runs the linter and the tests. With HW2_DATA=/path/to/hw2_data the tests that
+# need the course's data run too.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+. ./setup.sh
+
+set_up requirements.txt requirements-dev.txt
+say "ruff"
+.venv/bin/python3 -m ruff check .
+say "pytest"
+.venv/bin/python3 -m pytest -q "$@"

@@ -1,0 +1,265 @@
+"""Problem 1: the network, what hw2_1.sh writes, and a training that learns, stops and resumes."""
+import csv
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_digits import write_domain
+from test_utils import Hostile
+
+from classifiers import DigitResNet, LeNet, load_classifier, predict
+from p1_model import NO_DIGIT, DigitUNet, load_digit_unet
+from utils import UserError, half, load_checkpoint, save_checkpoint
+
+CONFIG = {"channels": 16, "deep": 64, "T": 1000, "schedule": "cosine", "objective": "v", "min_snr": 5.0}
+
+
+def script(name, *arguments, code=0, **kwargs):
+    """Runs a script of the repository; gives its completed process after checking the exit code."""
+    command = ["bash", ROOT / name] if name.endswith(".sh") else [sys.executable, ROOT / name]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=580, **kwargs)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def read(folder):
+    return {str(p.relative_to(folder)): np.asarray(Image.open(p)).astype(int) for p in sorted(folder.rglob("*.png"))}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small untrained network whose output is not zero, so that noise, digit and domain all matter."""
+    torch.manual_seed(0)
+    model = DigitUNet(CONFIG["channels"], CONFIG["deep"])
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05) if p.abs().sum() == 0 else None
+    path = tmp_path_factory.mktemp("p1") / "unet.pt"
+    save_checkpoint({"state_dict": half(model.state_dict()), "config": CONFIG, "step": 0, "metrics": {}}, path)
+    return path
+
+
+# ------------------------------------------------------------------------ the network
+
+
+def test_output_depends_on_every_input(checkpoint):
+    model, _ = load_digit_unet(checkpoint)
+    x, t, digit, domain = torch.randn(1, 3, 28, 28), torch.tensor([300]), torch.tensor([4]), torch.tensor([0])
+    with torch.no_grad():
+        out = model(x, t, digit, domain)
+        assert out.shape == x.shape and out.dtype == torch.float32
+        for changed in ((x + 0.1, t, digit, domain), (x, t + 100, digit, domain), (x, t, digit + 1, domain),
+                        (x, t, torch.tensor([NO_DIGIT]), domain), (x, t, digit, domain + 1)):
+            assert (model(*changed) - out).abs().max() > 1e-4
+
+
+def test_a_new_network_predicts_zero():
+    out = DigitUNet(16, 64)(torch.randn(2, 3, 28, 28), torch.tensor([0, 999]), torch.tensor([0, 10]), torch.tensor([0, 1]))
+    assert out.abs().max() == 0
+
+
+# ------------------------------------------------------------------------ p1_infer.py
+
+
+def test_the_graders_layout(checkpoint, tmp_path):
+    done = script("p1_infer.py", tmp_path / "out", "--checkpoint", checkpoint, "--steps", 1, "--guidance", 1)
+    pictures = read(tmp_path / "out")
+    expected = {f"{d}/{digit}_{n:03d}.png" for d in ("mnistm", "svhn") for digit in range(10) for n in range(1, 51)}
+    assert set(pictures) == expected and {p.shape for p in pictures.values()} == {(28, 28, 3)}
+    assert "wrote 1000 images in" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "ddpm"])
+def test_batch_size_and_count_do_not_change_a_picture(checkpoint, tmp_path, sampler):
+    options = ["--checkpoint", checkpoint, "--steps", 3, "--sampler", sampler, "--precision", "fp32"]
+    script("p1_infer.py", tmp_path / "a", *options, "--num-per-digit", 2, "--batch-size", 40)
+    script("p1_infer.py", tmp_path / "b", *options, "--num-per-digit", 2, "--batch-size", 7)
+    script("p1_infer.py", tmp_path / "c", *options, "--num-per-digit", 1)
+    a, b, c = (read(tmp_path / name) for name in "abc")
+    assert set(a) == set(b) and set(c) < set(a)
+    assert max(abs(a[k] - b[k]).max() for k in a) <= 1 and max(abs(a[k] - c[k]).max() for k in c) <= 1
+
+
+def test_hw2_1_gives_the_same_bytes_every_time(tmp_path):
+    if not (ROOT / "checkpoints/p1_unet.pt").is_file():
+        pytest.skip("checkpoints/p1_unet.pt is not there; bash hw2_download_ckpt.sh")
+    outputs = []
+    for name in "ab":
+        script("hw2_1.sh", tmp_path / name)
+        outputs.append({p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.png")})
+    assert outputs[0] == outputs[1] and len(outputs[0]) == 1000
+    judges = {d: load_classifier(ROOT / f"checkpoints/{d}_classifier.pth") for d in ("mnistm", "svhn")}
+    for domain, judge in judges.items():                # the table in README.md has the accuracies; this catches a wreck
+        files = sorted((tmp_path / "a" / domain).iterdir())
+        images = torch.from_numpy(np.stack([np.asarray(Image.open(f)) for f in files])).permute(0, 3, 1, 2)
+        assert (predict(judge, images) == torch.tensor([int(f.name[0]) for f in files])).float().mean() > 0.9
+
+
+def test_grids_and_trajectory_are_written(checkpoint, tmp_path):
+    script("p1_infer.py", "--checkpoint", checkpoint, "--steps", 6, "--grid", tmp_path / "g.png", "--trajectory", tmp_path / "t.png")
+    pictures = read(tmp_path)
+    assert set(pictures) == {"g_mnistm.png", "g_svhn.png", "t.png"}
+    assert pictures["g_svhn.png"].shape == (582, 582, 3) and pictures["t.png"].shape == (118, 350, 3)
+    assert not np.array_equal(pictures["g_mnistm.png"], pictures["g_svhn.png"])
+
+
+def test_bad_checkpoints_are_one_line_and_exit_code_2(checkpoint, tmp_path):
+    whole = checkpoint.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"state_dict": {}, "config": Hostile(os.system, "touch pwned")}, tmp_path / "evil.pt")
+    torch.save({"state_dict": LeNet().state_dict()}, tmp_path / "other.pt")
+    damaged = load_checkpoint(checkpoint)
+    del damaged["state_dict"]["stem.weight"]
+    torch.save(damaged, tmp_path / "lacks.pt")
+    for name, message in {
+        "gone.pt": "no such checkpoint", "cut.pt": "damaged", "evil.pt": "would run code",
+        "other.pt": "not a checkpoint of p1_train.py", "lacks.pt": "lacks the key stem.weight",
+    }.items():
+        done = script("p1_infer.py", tmp_path / "out", "--checkpoint", tmp_path / name, code=2, cwd=tmp_path)
+        error = [line for line in done.stderr.splitlines() if line]
+        assert len(error) == 1 and name in error[0] and message in error[0]
+    assert not (tmp_path / "out").exists() and not (tmp_path / "pwned").exists()
+
+
+def test_an_unwritable_output_folder_is_one_line(checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = script("p1_infer.py", tmp_path / "file/out", "--checkpoint", checkpoint, code=2)
+    assert "cannot write there" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_hw2_1_without_a_folder_shows_its_usage():
+    assert "usage: bash hw2_1.sh OUTPUT_FOLDER" in script("hw2_1.sh", code=2).stderr
+
+
+# ------------------------------------------------------------------------ p1_train.py
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Small domains, and options of a training that takes seconds."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for seed, name in enumerate(("mnistm", "svhn")):
+        write_domain(folder / name, count=200, seed=seed)
+    torch.manual_seed(0)
+    save_checkpoint({"state_dict": LeNet().state_dict()}, folder / "lenet.pth")
+    return ["--data", folder, "--classifiers", folder / "lenet.pth", folder / "lenet.pth", "--channels", 16, "--deep", 64,
+            "--batch-size", 16, "--device", "cpu", "--precision", "fp32", "--ema", 0.5]
+
+
+def losses(run, column):
+    with open(run / "csv/metrics.csv") as f:
+        return [float(row[column]) for row in csv.DictReader(f) if row[column]]
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(tiny, tmp_path):
+    pytest.importorskip("lightning")
+    options = [*tiny, "--epoch-steps", 3, "--lr", 1e-3]
+    script("p1_train.py", *options, "--out", tmp_path / "whole", "--steps", 9)
+    script("p1_train.py", *options, "--out", tmp_path / "parts", "--steps", 9, "--max-epochs", 2)
+    assert load_checkpoint(tmp_path / "parts/last.pt")["step"] == 6
+    done = script("p1_train.py", *options, "--out", tmp_path / "parts", "--steps", 9)
+    assert "step 9 of 9; wrote" in done.stdout
+    a, b = (load_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "parts"))
+    assert a["step"] == b["step"] == 9
+    assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
+    images = [(tmp_path / run / "samples/0000009.png").read_bytes() for run in ("whole", "parts")]
+    assert images[0] == images[1]
+
+
+def test_a_short_training_lowers_the_loss_of_both_domains(tiny, tmp_path):
+    pytest.importorskip("lightning")
+    script("p1_train.py", *tiny, "--out", tmp_path, "--steps", 80, "--epoch-steps", 40, "--lr", 2e-3, "--warmup", 5)
+    for domain in ("mnistm", "svhn"):
+        first, last = losses(tmp_path, f"val_loss_{domain}")
+        assert last < 0.9 * first
+    saved = load_checkpoint(tmp_path / "best.pt")
+    assert {"state_dict", "config", "step", "metrics"} <= set(saved) and 0 <= saved["metrics"]["accuracy"] <= 1
+    script("p1_infer.py", tmp_path / "out", "--checkpoint", tmp_path / "best.pt", "--num-per-digit", 1, "--steps", 2)
+    assert len(read(tmp_path / "out")) == 20
+
+
+def test_two_processes_train_together(tiny, tmp_path):
+    pytest.importorskip("lightning")
+    done = script("p1_train.py", *tiny, "--out", tmp_path, "--steps", 3, "--epoch-steps", 3, "--devices", 2)
+    assert "MEMBER: 2/2" in done.stdout + done.stderr and done.stdout.count("step 3 of 3; wrote") == 1
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 3
+
+
+def test_a_training_without_data_is_one_line(tmp_path):
+    pytest.importorskip("lightning")
+    done = script("p1_train.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "run", code=2)
+    assert "nowhere/mnistm/train.csv: not found" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+# ------------------------------------------------------------------------ digit_classifier.py
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A folder of two domains, 3 pictures a digit, and classifiers of which LeNet always says 4 and DigitResNet always 7."""
+    folder = tmp_path_factory.mktemp("judged")
+    for domain in ("mnistm", "svhn"):
+        (folder / domain).mkdir()
+        for i in range(30):
+            Image.fromarray(np.full((28, 28, 3), 8 * i, np.uint8)).save(folder / domain / f"{i % 10}_{i // 10 + 1:03d}.png")
+    for net, answer, name in ((LeNet(), 4, "lenet.pth"), (DigitResNet(), 7, "resnet.pth")):
+        last = net.fc3 if isinstance(net, LeNet) else net.layers[-1]
+        torch.nn.init.zeros_(last.weight)
+        last.bias.data = torch.nn.functional.one_hot(torch.tensor(answer), 10).float()
+        torch.save({"state_dict": net.state_dict()}, folder / name)
+    return folder
+
+
+def test_the_course_s_command_line_and_output_lines(judged):
+    done = script("digit_classifier.py", "--folder", judged, "--checkpoint", judged / "lenet.pth",
+                  "--svhn-checkpoint", judged / "resnet.pth")
+    lines = done.stdout.splitlines()
+    assert "MNIST-M acc = 0.1000 (correct/total = 3/30)" in lines
+    assert "SVHN acc = 0.1000 (correct/total = 3/30)" in lines
+    assert lines[-1] == "acc = 0.1000"
+    assert sum("judged by" in line for line in lines) == 2
+
+
+def test_labels_are_the_first_character_of_the_name(judged, tmp_path):
+    for domain in ("mnistm", "svhn"):
+        (tmp_path / domain).mkdir()
+        Image.fromarray(np.zeros((28, 28, 3), np.uint8)).save(tmp_path / domain / "4_001.png")
+    done = script("digit_classifier.py", "--folder", tmp_path, "--checkpoint", judged / "lenet.pth",
+                  "--svhn-checkpoint", judged / "lenet.pth")
+    assert done.stdout.splitlines()[-1] == "acc = 1.0000"
+
+
+def test_grading_errors_name_the_file(judged, tmp_path):
+    options = ["--checkpoint", judged / "lenet.pth", "--svhn-checkpoint", judged / "resnet.pth"]
+    assert "no pictures in it" in script("digit_classifier.py", "--folder", tmp_path, *options, code=2).stderr
+    (tmp_path / "mnistm").mkdir()
+    (tmp_path / "mnistm/4_001.png").write_bytes(b"")
+    assert "4_001.png: not a readable picture" in script("digit_classifier.py", "--folder", tmp_path, *options, code=2).stderr
+    (tmp_path / "mnistm/4_001.png").rename(tmp_path / "mnistm/x.png")
+    assert "must begin with its digit" in script("digit_classifier.py", "--folder", tmp_path, *options, code=2).stderr
+
+
+def test_a_classifier_is_told_apart_by_its_keys(judged):
+    assert isinstance(load_classifier(judged / "lenet.pth"), LeNet)
+    assert isinstance(load_classifier(judged / "resnet.pth"), DigitResNet)
+    assert predict(load_classifier(judged / "lenet.pth"), torch.zeros(3, 3, 28, 28, dtype=torch.uint8)).tolist() == [4] * 3
+    torch.save({"weights": 1}, judged / "bad.pth")
+    with pytest.raises(UserError, match="not a checkpoint of a digit classifier"):
+        load_classifier(judged / "bad.pth")
+
+
+def test_a_classifier_learns(tmp_path):
+    """Pictures whose grey level is their label: a few epochs are enough to do better than chance."""
+    folder = tmp_path / "usps"
+    write_domain(folder, count=400)
+    for i in range(400):
+        Image.fromarray(np.full((28, 28, 3), 25 * (i % 10), np.uint8)).save(folder / f"data/{i:05d}.png")
+    done = script("digit_classifier.py", "--train", "usps", "--data", tmp_path, "--out", tmp_path / "c.pth", "--epochs", 2,
+                  "--batch-size", 32)
+    assert "held-back images of usps; wrote" in done.stdout.splitlines()[-1]
+    assert isinstance(load_classifier(tmp_path / "c.pth"), DigitResNet)
+    assert load_checkpoint(tmp_path / "c.pth")["accuracy"] > 0.15
