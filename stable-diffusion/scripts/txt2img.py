@@ -148,8 +148,7 @@ def generate(model, opt):
             done += len(prompts)
 
 
-def main(argv=None):
-    opt = parse_args(argv)
+def run(opt):
     check(opt)
     batches(opt)
     samples = pathlib.Path(opt.outdir) / "samples"
@@ -174,12 +173,14 @@ def main(argv=None):
     print("wrote " + " and ".join(written or ["nothing: --skip_save and --skip_grid"]))
 
 
-if __name__ == "__main__":
+def main(argv=None):
     try:
-        main()
-    except ModelError as error:
-        print(f"error: {error}", file=sys.stderr)
+        run(parse_args(argv))
+    except (ModelError, OSError) as e:
+        message = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""LearnedTokens: new rows learn through the frozen model, nothing else moves, and every file format is read."""
+import copy
+import os
+
+import ldm_tiny
+import pytest
+import torch
+from ldm.modules.textual_inversion import LearnedTokens, read_embeddings
+from ldm.util import ModelError
+
+
+@pytest.fixture(scope="module")
+def models():
+    return [ldm_tiny.tiny_model() for _ in range(2)]
+
+
+@pytest.fixture
+def fresh(models):
+    """A function that gives one of the models (their weights are equal) and LearnedTokens on it, still empty."""
+    patched = []
+
+    def make(index=0):
+        embedder = models[index].cond_stage_model
+        patched.append((LearnedTokens(embedder), embedder))
+        return models[index], patched[-1][0]
+
+    tokenizers = [m.cond_stage_model.tokenizer for m in models]
+    for model in models:                                     # a tokenizer forgets no token: each test has its own
+        model.cond_stage_model.tokenizer = copy.deepcopy(model.cond_stage_model.tokenizer)
+    yield make
+    for tokens, embedder in reversed(patched):
+        tokens.detach()
+        embedder.expansions.clear()
+    for model, tokenizer in zip(models, tokenizers):
+        model.cond_stage_model.tokenizer = tokenizer
+
+
+def loss_of(model, prompts):
+    draw = torch.Generator().manual_seed(0)
+    z, noise = torch.randn(2, len(prompts), 4, 8, 8, generator=draw)
+    return model.p_losses(z, model.get_learned_conditioning(prompts), torch.tensor([100] * len(prompts)), noise)[0]
+
+
+# -------------------------------------------------------------------------------------- what a placeholder means
+
+
+def test_a_placeholder_starts_as_its_word(fresh):
+    model, tokens = fresh()
+    tokens.add("<new1>", tokens.initial("corgi"))
+    said = model.get_learned_conditioning
+    assert torch.equal(said("a <new1>, running"), said("a corgi, running"))
+
+
+def test_several_vectors_stand_in_a_row(fresh):
+    model, tokens = fresh()
+    tokens.add("<new1>", tokens.initial("small brown dog", 3))
+    said = model.get_learned_conditioning
+    assert torch.equal(said("a <new1> here"), said("a small brown dog here"))
+
+
+def test_initial_words_are_averaged_or_taken_in_turns(fresh):
+    _, tokens = fresh()
+    dog, cat = (tokens.initial(w)[0] for w in ("dog", "cat"))
+    assert torch.allclose(tokens.initial("dog, cat"), torch.stack([dog, cat]).mean(0)[None])
+    assert torch.equal(tokens.initial(["dog", "cat"], 4), torch.stack([dog, cat, dog, cat]))
+    for words, vectors in (("", 1), ("a b c", 2)):
+        with pytest.raises(ModelError):
+            tokens.initial(words, vectors)
+
+
+def test_placeholders_are_found_beside_punctuation_and_by_their_case(fresh):
+    model, tokens = fresh()
+    tokens.add("<new1>", tokens.initial("dog"))
+    embedder = model.cond_stage_model
+    new = embedder.tokenizer.convert_tokens_to_ids("<new1>")
+    for prompt, count in (("<new1>", 1), ("a <new1>'s bone.", 1), ("(<new1>),<new1>", 2), ("<New1>", 0), ("new1", 0)):
+        assert int((embedder.tokenize(prompt) == new).sum()) == count, prompt
+
+
+def test_several_vectors_count_toward_the_length_of_a_prompt(fresh):
+    model, tokens = fresh()
+    tokens.add("<new1>", tokens.initial("dog", 10))
+    with pytest.warns(UserWarning, match="80 tokens"):
+        assert model.cond_stage_model.tokenize("<new1> " * 8).shape == (1, 77)
+
+
+# -------------------------------------------------------------------------------------- learning
+
+
+def test_only_the_new_rows_learn_and_all_of_them_do(fresh):
+    model, tokens = fresh()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    tokens.add("<new1>", tokens.initial("corgi"))
+    tokens.add("<new2>", tokens.initial("cartoon painting", 3))
+    start = [p.detach().clone() for p in tokens.parameters()]
+    optimizer = torch.optim.AdamW(tokens.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(model, ["a <new1> by <new2>", "the <new2>"]).backward()
+        assert all((p.grad.abs().amax(1) > 0).all() for p in tokens.parameters())
+        optimizer.step()
+    assert all(((p - s).abs().amax(1) > 0).all() for p, s in zip(tokens.parameters(), start))
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_vectors_stay_float32_below_a_half_precision_network(fresh):
+    _, tokens = fresh()
+    model = ldm_tiny.tiny_model()
+    model.model.to(torch.bfloat16)
+    tokens = LearnedTokens(model.cond_stage_model)
+    tokens.add("<new1>", tokens.initial("corgi"))
+    loss_of(model, ["a <new1>"]).backward()
+    assert tokens["<new1>"].dtype == tokens["<new1>"].grad.dtype == torch.float32
+    assert tokens["<new1>"].grad.abs().max() > 0
+
+
+def test_a_planted_embedding_is_recovered(fresh):
+    """The eps that a hidden vector causes is enough to find a vector that causes the same."""
+    model, tokens = fresh()
+    draw = torch.Generator().manual_seed(0)
+    tokens.add("<truth>", tokens.initial("castle"))
+    tokens.add("<new1>", tokens.initial("castle") + 0.5 * torch.randn(1, 32, generator=draw))
+    optimizer = torch.optim.Adam(tokens.rows[1:], lr=0.05)
+    losses = []
+    for _ in range(150):
+        x, t = torch.randn(2, 4, 8, 8, generator=draw), torch.randint(1000, (2,), generator=draw)
+        said = [model.get_learned_conditioning(f"a {word} in it").expand(2, -1, -1) for word in ("<truth>", "<new1>")]
+        loss = (model.apply_model(x, t, said[1]) - model.apply_model(x, t, said[0].detach())).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.05 * sum(losses[:5])
+
+
+# -------------------------------------------------------------------------------------- files
+
+
+def test_two_files_give_the_conditioning_of_one_with_both(fresh, tmp_path):
+    model, tokens = fresh()
+    tokens.add("<new1>", tokens.initial("corgi"), init_word="corgi")
+    tokens.add("<new2>", tokens.initial("cartoon", 2), init_word="cartoon")
+    tokens.save(tmp_path / "both.pt", step=7, scores={"image": 80.0})
+    tokens.save(tmp_path / "one.pt", ["<new1>"], step=1)
+    tokens.save(tmp_path / "two.pt", ["<new2>"])
+    conditioning = model.get_learned_conditioning("a <new1> next to a <new2>")
+    other, separate = fresh(1)
+    assert separate.load(tmp_path / "two.pt") == ["<new2>"] and separate.load(tmp_path / "one.pt") == ["<new1>"]
+    assert torch.equal(other.get_learned_conditioning("a <new1> next to a <new2>"), conditioning)
+    vectors, metadata = read_embeddings(tmp_path / "both.pt")
+    assert {k: tuple(v.shape) for k, v in vectors.items()} == {"<new1>": (1, 32), "<new2>": (2, 32)}
+    words = {"<new1>": "corgi", "<new2>": "cartoon"}
+    assert metadata == {"init_word": words, "base_model": tokens.base_model, "step": 7, "scores": {"image": 80.0}}
+    assert read_embeddings(tmp_path / "one.pt")[1] == {"init_word": "corgi", "base_model": tokens.base_model, "step": 1}
+    assert sorted(os.listdir(tmp_path)) == ["both.pt", "one.pt", "two.pt"]
+
+
+def test_an_embedding_is_a_small_file(fresh, tmp_path):
+    _, tokens = fresh()
+    tokens.add("<new1>", tokens.initial("corgi"))
+    tokens.save(tmp_path / "e.pt")
+    assert (tmp_path / "e.pt").stat().st_size < 5000
+
+
+def test_the_fields_own_formats_are_read(fresh, tmp_path):
+    row = torch.randn(1, 32)
+    automatic = {"string_to_token": {"*": 265}, "string_to_param": {"*": row}, "name": "my-style", "step": 5,
+                 "sd_checkpoint": "abc", "sd_checkpoint_name": None}
+    rinongal = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": torch.nn.ParameterDict({"*": row})}
+    torch.save(automatic, tmp_path / "a1111.pt")
+    torch.save({"<cat-toy>": row[0]}, tmp_path / "learned_embeds.bin")
+    torch.save(rinongal, tmp_path / "embeddings.pt")
+    _, tokens = fresh()
+    assert tokens.load(tmp_path / "a1111.pt") == ["my-style"] and tokens.metadata["my-style"]["step"] == 5
+    assert tokens.load(tmp_path / "learned_embeds.bin") == ["<cat-toy>"]
+    assert tokens.load(tmp_path / "embeddings.pt", token="<r>") == ["<r>"]
+    assert all(torch.equal(tokens[t].detach(), row) for t in ("my-style", "<cat-toy>", "<r>"))
+
+
+def test_safetensors_embeddings_are_read(fresh, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    row = torch.randn(2, 32)
+    safetensors.save_file({"<toy>": row}, str(tmp_path / "learned_embeds.safetensors"))
+    safetensors.save_file({"emb_params": row}, str(tmp_path / "my-style.safetensors"))
+    _, tokens = fresh()
+    assert tokens.load(tmp_path / "learned_embeds.safetensors") == ["<toy>"]
+    assert tokens.load(tmp_path / "my-style.safetensors") == ["my-style"]
+    assert torch.equal(tokens["<toy>"].detach(), row) and torch.equal(tokens["my-style"].detach(), row)
+
+
+def test_an_embedding_of_another_text_encoder_is_warned_of(fresh, tmp_path):
+    _, tokens = fresh()
+    tokens.add("<new1>", tokens.initial("corgi"))
+    tokens.save(tmp_path / "e.pt", base_model="0123456789abcdef")
+    _, other = fresh(1)
+    with pytest.warns(UserWarning, match="another text encoder"):
+        other.load(tmp_path / "e.pt")
+
+
+# -------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("token,vectors,word", [
+    ("<new1>", torch.zeros(1, 31), "31"), ("<new1>", torch.zeros(1, 1, 32), "32"), ("<new1>", torch.zeros(0, 32), "0"),
+    ("<new1>", torch.full((1, 32), float("nan")), "finite"), ("<new1>", torch.zeros(76, 32), "76"),
+    ("dog", torch.zeros(1, 32), "word of the vocabulary"), ("Dog", torch.zeros(1, 32), "word of the vocabulary"),
+    ("*", torch.zeros(1, 32), "word of the vocabulary"), ("two words", torch.zeros(1, 32), "one word"),
+    ("", torch.zeros(1, 32), "one word"), ("<|endoftext|>", torch.zeros(1, 32), "word of the vocabulary")])
+def test_bad_placeholders_and_vectors_are_refused(fresh, token, vectors, word):
+    model, tokens = fresh()
+    size = len(model.cond_stage_model.tokenizer)
+    with pytest.raises(ModelError, match=word):
+        tokens.add(token, vectors)
+    assert not tokens.tokens and len(model.cond_stage_model.tokenizer) == size
+
+
+def test_a_placeholder_is_added_once(fresh):
+    _, tokens = fresh()
+    tokens.add("<new1>", tokens.initial("dog"))
+    with pytest.raises(ModelError, match="<new1>"):
+        tokens.add("<new1>", tokens.initial("dog"))
+
+
+def test_unknown_tokens_are_named(fresh):
+    _, tokens = fresh()
+    tokens.add("<new1>", tokens.initial("dog"))
+    assert tokens.missing("a <new1> with a <new2> and 3 < 4 > 2") == ["<new2>"]
+    with pytest.raises(ModelError, match="<new2>.*<new1>"):
+        tokens["<new2>"]
+
+
+def test_files_that_hold_no_embedding_are_refused(fresh, tmp_path):
+    _, tokens = fresh()
+    torch.save({"a": 1}, tmp_path / "none.pt")
+    torch.save([1], tmp_path / "list.pt")
+    torch.save({"<new1>": torch.zeros(1, 31)}, tmp_path / "narrow.pt")
+    torch.save({"<a>": torch.zeros(1, 32), "<b>": torch.zeros(1, 32)}, tmp_path / "two.pt")
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    for name in ("none.pt", "list.pt", "narrow.pt", "junk.pt", "missing.pt"):
+        with pytest.raises(ModelError, match=name):
+            tokens.load(tmp_path / name)
+    with pytest.raises(ModelError, match="cannot all be <new1>"):
+        tokens.load(tmp_path / "two.pt", token="<new1>")
+    assert not tokens.tokens
+
+
+def test_detaching_ends_the_patch(fresh):
+    model, tokens = fresh()
+    tokens.add("<new1>", tokens.initial("dog"))
+    tokens.detach()
+    with pytest.raises(IndexError):
+        model.get_learned_conditioning("<new1>")
