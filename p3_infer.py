@@ -82,7 +82,7 @@ def write_manifest(manifest, path):
 
 
 def plan(concepts, settings, tokens, out):
-    """([(folder, prompt, indices of its pictures that are still to be made)], manifest of those that are finished)."""
+    """([(source, prompt number, prompt, its pictures still to be made)], manifest of those that are finished)."""
     manifest, todo, finished = read_manifest(out / MANIFEST), [], {}
     for concept in concepts:
         for p, prompt in enumerate(concept.prompts):
