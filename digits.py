@@ -112,11 +112,13 @@ def _read_cached(folder, names):
 class BalancedDigits(Dataset):
     """Both domains of Problem 1 as one map-style dataset in which every (domain, digit) pair is equally frequent.
 
-    Item i is the (i // 20)-th image, cyclically, of pair i % 20: (uint8 [3, 28, 28], digit, domain). A list of
-    indices gives a whole batch at once, (uint8 [B, 3, 28, 28], int64 [B], int64 [B]). `length` items make an epoch.
+    Item i is an image of pair i % 20, (uint8 [3, 28, 28], digit, domain): of "train" any one, drawn by torch's global
+    generator; of "val" the (i // 20)-th, cyclically. A list of indices gives a whole batch at once,
+    (uint8 [B, 3, 28, 28], int64 [B], int64 [B]). `length` items make an epoch.
     """
 
     def __init__(self, root, split, length):
+        self.split, self.length = split, length
         loaded = [load_digits(root, name, split) for name in DOMAINS]
         self.images = torch.cat([images for images, _ in loaded])
         self.digits = torch.cat([labels for _, labels in loaded])
@@ -126,13 +128,13 @@ class BalancedDigits(Dataset):
         for p, members in enumerate(self.pairs):
             if len(members) == 0:
                 raise UserError(f"{root}/{DOMAINS[p // 10]}: no {split} image of digit {p % 10}")
-        self.length = length
 
     def __len__(self):
         return self.length
 
     def __getitems__(self, indices):
-        rows = torch.stack([self.pairs[i % 20][i // 20 % len(self.pairs[i % 20])] for i in indices])
+        which = torch.randint(2**40, (len(indices),)) if self.split == "train" else torch.tensor(indices) // 20
+        rows = torch.stack([self.pairs[i % 20][k % len(self.pairs[i % 20])] for i, k in zip(indices, which)])
         return self.images[rows], self.digits[rows], self.domains[rows]
 
     def __getitem__(self, i):

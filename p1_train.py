@@ -17,13 +17,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from torch.utils.data import DataLoader
 
 from classifiers import load_classifier, predict
 from diffusion import run, schedule, training_loss
 from digits import DOMAINS, BalancedDigits
 from p1_model import NO_DIGIT, DigitUNet, eps_model_for, reverse_process
-from train_common import add_training_options, lightning_trainer, warmup_cosine
+from train_common import add_training_options, fit, lightning_trainer, warmup_cosine
 from utils import autocast, cli, half, image_grid, noise_stream, output_folder, save_checkpoint, save_png, to_uint8
 
 
@@ -160,18 +159,12 @@ def main(argv=None):
         "objective": args.objective,
         "min_snr": args.min_snr or None,
     }
-    train = BalancedDigits(args.data, "train", length=args.epoch_steps * args.batch_size)
-    val = BalancedDigits(args.data, "val", length=2000)
+    train, val = (BalancedDigits(args.data, split, length=2000) for split in ("train", "val"))
     pl.seed_everything(args.seed, verbose=False)
     module = DigitDiffusion(config, args.lr, args.steps, args.warmup, args.drop)
     callbacks = [Samples(out, args.classifiers), EMAWeightAveraging(decay=args.ema, update_starting_at_step=args.warmup)]
     trainer = lightning_trainer(args, callbacks)
-    trainer.fit(
-        module,
-        DataLoader(train, args.batch_size, shuffle=True, collate_fn=lambda batch: batch),
-        DataLoader(val, 250, collate_fn=lambda batch: batch),
-        ckpt_path=args.resume_from,
-    )
+    fit(args, trainer, module, train, val)
     if trainer.is_global_zero:
         print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,best.pt,last.pt,samples/}}")
 

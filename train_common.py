@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.utils.data import DataLoader
 
 from utils import UserError, add_device_options, pick_device, pick_precision, reuse_freed_memory
 
@@ -58,7 +59,12 @@ class SeedEpochs(pl.Callback):
 
 
 def lightning_trainer(args, callbacks):
-    """A Trainer for the options above. Sets args.resume_from to the run's last.ckpt where there is one."""
+    """A Trainer for the options above. Sets args.resume_from to the run's last.ckpt where there is one.
+
+    --steps must be a multiple of --epoch-steps, since checkpoints and samples are made at the end of epochs.
+    """
+    if args.steps % args.epoch_steps:
+        raise UserError(f"--steps {args.steps}: take a multiple of --epoch-steps, {args.epoch_steps}")
     reuse_freed_memory()
     out = pathlib.Path(args.out)
     last = out / "last.ckpt"
@@ -67,7 +73,7 @@ def lightning_trainer(args, callbacks):
     dtype = pick_precision(args.precision, device)
     if args.precision == "auto" and device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    loggers = [CSVLogger(out, name="", version="csv")]
+    loggers = [CSVLogger(out, name="csv")]
     if args.logger == "wandb":
         try:
             from lightning.pytorch.loggers import WandbLogger
@@ -76,7 +82,7 @@ def lightning_trainer(args, callbacks):
         except ModuleNotFoundError:
             raise UserError("--logger wandb: the package is not installed; `pip install wandb`") from None
     else:
-        loggers.append(TensorBoardLogger(out, name="", version="tensorboard"))
+        loggers.append(TensorBoardLogger(out, name="tensorboard"))
     return pl.Trainer(
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=args.devices if device.index is None else [device.index],
@@ -97,3 +103,16 @@ def lightning_trainer(args, callbacks):
         log_every_n_steps=20,
         enable_model_summary=False,
     )
+
+
+def fit(args, trainer, module, train, val):
+    """Trains on map-style datasets that give whole batches (`__getitems__`), from the run's last checkpoint on.
+
+    An epoch is args.epoch_steps optimizer steps on any number of devices: `train.length` is set accordingly.
+    """
+    train.length = args.epoch_steps * args.batch_size * trainer.world_size
+    loaders = [
+        DataLoader(train, args.batch_size, shuffle=True, collate_fn=lambda batch: batch),
+        DataLoader(val, 250, collate_fn=lambda batch: batch),
+    ]
+    trainer.fit(module, *loaders, ckpt_path=args.resume_from)

@@ -151,7 +151,7 @@ def tiny(tmp_path_factory):
 
 
 def losses(run, column):
-    with open(run / "csv/metrics.csv") as f:
+    with open(run / "csv/version_0/metrics.csv") as f:
         return [float(row[column]) for row in csv.DictReader(f) if row[column]]
 
 
