@@ -26,7 +26,7 @@ from tqdm import tqdm
 from diffusion import ddim, run, schedule, timesteps, training_loss
 from digits import is_validation
 from train_common import add_training_options, lightning_trainer, warmup_cosine
-from UNet import UNet
+from UNet import UNet, norm_groups
 from utils import (
     UserError,
     autocast,
@@ -150,8 +150,10 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.size < 32 or args.size % 32:
         raise UserError(f"--size {args.size}: take a multiple of 32")
-    if args.channel < 4 or args.channel % 4:
-        raise UserError(f"--channel {args.channel}: take a multiple of 4")
+    try:
+        norm_groups(args.channel)
+    except ValueError as e:
+        raise UserError(f"--{e}") from None
     return args
 
 

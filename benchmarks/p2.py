@@ -89,7 +89,7 @@ def diffusers_unet(unet):
         up_block_types=["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
         layers_per_block=2,
         attention_head_dim=None,
-        norm_num_groups=channel // 4,
+        norm_num_groups=room.norm_groups(channel),
         norm_eps=1e-5,
         downsample_padding=1,
         flip_sin_to_cos=False,

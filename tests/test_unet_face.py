@@ -84,10 +84,10 @@ def test_a_narrow_network_has_the_same_keys(course, narrow):
         assert all(n in (16 * m, m) for n, m in zip(wide.shape, thin.shape)), key
 
 
-@pytest.mark.parametrize("channel", [8, 32])
+@pytest.mark.parametrize("channel", [8, 32, 64])
 def test_no_group_norm_of_a_narrow_network_erases_the_time(channel):
     torch.manual_seed(0)
-    block = ResBlock(channel, channel, 4 * channel, groups=channel // 4)
+    block = ResBlock(channel, channel, 4 * channel, groups=room.norm_groups(channel))
     torch.nn.init.normal_(block.conv2.weight)
     x, emb = torch.randn(1, channel, 16, 16), torch.randn(2, 4 * channel)
     early, late = block(x, emb[:1]), block(x, emb[1:])
@@ -157,7 +157,7 @@ def test_a_new_network_predicts_zero_and_learns_from_there():
 def test_a_size_that_does_not_halve_five_times_is_refused(narrow):
     with pytest.raises(ValueError, match="multiples of 32"):
         narrow(torch.zeros(1, 3, 48, 64), torch.tensor([0]))
-    with pytest.raises(ValueError, match="multiple of 4"):
+    with pytest.raises(ValueError, match="channel 30: take a multiple"):
         UNet(channel=30)
 
 
