@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from diffusion import ddim, run, schedule, timesteps, training_loss
 from digits import is_validation
-from train_common import add_training_options, lightning_trainer, warmup_cosine
+from train_common import add_training_options, fit, lightning_trainer, warmup_cosine
 from UNet import UNet, norm_groups
 from utils import (
     UserError,
@@ -104,8 +104,8 @@ class Samples(pl.Callback):
 class Faces(Dataset):
     """Item i is picture i, cyclically, uint8 [3, S, S]; a list of items gives a batch; `length` items are an epoch."""
 
-    def __init__(self, images, length):
-        self.images, self.length = images, length
+    def __init__(self, images):
+        self.images, self.length = images, len(images)
 
     def __len__(self):
         return self.length
@@ -146,7 +146,7 @@ def parse(argv):
     option("--size", type=int, default=64, help="height and width, a multiple of 32 (default: 64)")
     option("--channel", type=int, default=32, help="width of the largest map; 128 is the course's (default: 32)")
     option("--min-snr", type=float, default=5.0, help="gamma of the min-SNR loss weight; 0 = none (default: 5)")
-    add_training_options(parser, out="runs/p2", steps=20000, batch_size=32, lr=6e-4, ema=0.999)
+    add_training_options(parser, out="runs/p2", steps=12000, batch_size=32, lr=6e-4, ema=0.999)
     args = parser.parse_args(argv)
     if args.size < 32 or args.size % 32:
         raise UserError(f"--size {args.size}: take a multiple of 32")
@@ -168,17 +168,7 @@ def main(argv=None):
     module = FaceDiffusion(config, args.lr, args.steps, args.warmup)
     ema = EMAWeightAveraging(decay=args.ema, update_starting_at_step=args.warmup)
     trainer = lightning_trainer(args, [Samples(out), ema])
-    trainer.fit(
-        module,
-        DataLoader(
-            Faces(train, args.epoch_steps * args.batch_size),
-            args.batch_size,
-            shuffle=True,
-            collate_fn=lambda batch: batch,
-        ),
-        DataLoader(Faces(val, len(val)), 64, collate_fn=lambda batch: batch),
-        ckpt_path=args.resume_from,
-    )
+    fit(args, trainer, module, Faces(train), Faces(val))
     if trainer.is_global_zero:
         print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,last.pt,samples/}}")
 

@@ -14,6 +14,7 @@ import p2_ddim
 from diffusion import ddim, schedule, slerp, timesteps
 from diffusion import run as sample
 from UNet import UNet
+from utils import torch_version
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -61,9 +62,9 @@ def test_a_picture_is_the_final_x_stretched_to_its_own_range(unet, noise, tmp_pa
 
 def test_hw2_2_writes_the_same_bytes_every_time(unet, noise, tmp_path):
     path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
-    command = ["bash", str(ROOT / "hw2_2.sh"), noise, tmp_path / "a", unet]
-    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PATH": path})
-    run(noise, tmp_path / "b", unet)
+    for out in ("a", "b"):
+        command = ["bash", ROOT / "hw2_2.sh", noise, tmp_path / out, unet, "--steps", "10"]
+        subprocess.run([str(c) for c in command], check=True, cwd=tmp_path, env={**os.environ, "PATH": path})
     for name in ("00.png", "01.png", "02.png", "03.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -98,6 +99,7 @@ def test_a_folder_may_mix_sizes_shapes_and_names(unet, tmp_path):
     assert np.abs(pixels(tmp_path / "out" / "10.png") - pixels(tmp_path / "out" / "without batch.png")).max() <= 1
 
 
+@pytest.mark.skipif(torch_version() < (2, 0), reason="torch before 2.0 has no bf16 on CPUs")
 def test_half_precision_stays_close(unet, noise, tmp_path, capsys):
     run(noise, tmp_path / "fp32", unet, "--steps", 10)
     assert run(noise, tmp_path / "bf16", unet, "--steps", 10, "--precision", "bf16", "--gt", tmp_path / "fp32") == 0

@@ -37,7 +37,8 @@ def trained(photos, tmp_path_factory):
 
 
 def losses(out, name):
-    with open(out / "csv" / "metrics.csv", newline="") as f:
+    (path,) = (out / "csv").rglob("metrics.csv")
+    with open(path, newline="") as f:
         return [float(row[name]) for row in csv.DictReader(f) if row.get(name)]
 
 
