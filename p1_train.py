@@ -162,8 +162,8 @@ def main(argv=None):
     train, val = (BalancedDigits(args.data, split, length=2000) for split in ("train", "val"))
     pl.seed_everything(args.seed, verbose=False)
     module = DigitDiffusion(config, args.lr, args.steps, args.warmup, args.drop)
-    callbacks = [Samples(out, args.classifiers), EMAWeightAveraging(decay=args.ema, update_starting_at_step=args.warmup)]
-    trainer = lightning_trainer(args, callbacks)
+    ema = EMAWeightAveraging(decay=args.ema, update_starting_at_step=args.warmup)
+    trainer = lightning_trainer(args, [Samples(out, args.classifiers), ema])
     fit(args, trainer, module, train, val)
     if trainer.is_global_zero:
         print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,best.pt,last.pt,samples/}}")

@@ -179,7 +179,8 @@ def row(args, fid, name, make, setting):
     scores = " | ".join(f"{v:.1f}" for v in fid(images)) if fid else "- | - | -"
     per_1000 = seconds * 1000 / len(images)
     return (
-        f"| {name} | {steps} | {guidance:g} | {where} | {right[0]:.3f} | {right[1]:.3f} | {sum(right) / 2:.4f} | {scores} "
+        f"| {name} | {steps} | {guidance:g} | {where} "
+        f"| {right[0]:.3f} | {right[1]:.3f} | {sum(right) / 2:.4f} | {scores} "
         f"| {evaluations:.1f} | {per_1000:.1f} |"
     )
 
@@ -213,7 +214,8 @@ def describe_machine(args):
         if args.device.type == "cuda"
         else f"{cpu}, {torch.get_num_threads()} threads"
     )
-    return f"{time.strftime('%Y-%m-%d')}, {name}, torch {torch.__version__}, {str(args.dtype)[6:]}, batch {args.batch_size}"
+    dtype = str(args.dtype).replace("torch.", "")
+    return f"{time.strftime('%Y-%m-%d')}, {name}, torch {torch.__version__}, {dtype}, batch {args.batch_size}"
 
 
 @cli
@@ -257,7 +259,8 @@ def main(argv=None):
     lines = [
         describe_machine(args),
         "",
-        "| sampler | steps | guidance | at times | acc MNIST-M | acc SVHN | mean | FID | FID MNIST-M | FID SVHN | evaluations | s / 1,000 |",
+        "| sampler | steps | guidance | at times | acc MNIST-M | acc SVHN | mean | FID | FID MNIST-M | FID SVHN "
+        "| evaluations | s / 1,000 |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     if fid:

@@ -99,7 +99,7 @@ def test_the_loss_vanishes_for_a_perfect_prediction(objective):
 
 @pytest.mark.parametrize("objective", ["eps", "v"])
 def test_min_snr_weight_is_min_of_snr_and_gamma_on_the_x_0_error(objective):
-    """An error d of the prediction is an x_0 error of (s/a) d for eps and s d for v; its square is weighted with min(SNR, 5)."""
+    """An error d of the prediction is an x_0 error of (s/a) d for eps, s d for v; its square weighs min(SNR, 5)."""
     x_0, eps, t = torch.randn(4, 3, 4, 4), torch.randn(4, 3, 4, 4), torch.tensor([0, 100, 400, 999])
     a, s = (v.flatten() for v in alpha_sigma(ALPHA_BAR, t))
 
@@ -275,7 +275,7 @@ def test_dpm_solver_agrees_with_diffusers():
     model, x_T = SmallNetwork(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     for steps in (8, 20):
         scheduler = diffusers.DPMSolverMultistepScheduler(
-            beta_start=1e-4, beta_end=2e-2, timestep_spacing="trailing", final_sigmas_type="zero", lower_order_final=True
+            beta_start=1e-4, beta_end=2e-2, timestep_spacing="trailing", final_sigmas_type="zero"
         )
         theirs = diffusers_run(scheduler, model, x_T, steps)
         assert scheduler.timesteps.tolist() == timesteps(1000, steps)[:-1]

@@ -11,11 +11,14 @@ from digits import BalancedDigits, is_validation, load_digits
 from utils import UserError
 
 
-def write_domain(folder, count=60, seed=0, grey=False):
-    """A small domain of random pictures with labels 0..9 in turn; gives the pictures as uint8 [N, 28, 28(, 3)]."""
+def write_domain(folder, count=60, seed=0, grey=False, flat=False):
+    """A small domain with labels 0..9 in turn; gives its pictures, uint8 [N, 28, 28(, 3)]: random, or flat, as bright as
+    their label is high."""
     (folder / "data").mkdir(parents=True)
     shape = (count, 28, 28) if grey else (count, 28, 28, 3)
     images = np.random.RandomState(seed).randint(0, 256, shape, dtype=np.uint8)
+    if flat:
+        images[:] = (25 * (np.arange(count) % 10)).reshape(-1, *[1] * (images.ndim - 1))
     with open(folder / "train.csv", "w", newline="") as f:
         rows = csv.writer(f)
         rows.writerow(["image_name", "label"])

@@ -43,7 +43,8 @@ def test_beta_scheduler_is_the_course_s():
 
 
 def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
-    saved = {"state_dict": {"w": torch.randn(3, 2), "n": torch.tensor(7)}, "config": {"channels": 8, "x": None}, "step": 5}
+    state_dict = {"w": torch.randn(3, 2), "n": torch.tensor(7)}
+    saved = {"state_dict": state_dict, "config": {"channels": 8, "x": None}, "step": 5}
     save_checkpoint(saved, tmp_path / "a.pt")
     loaded = load_checkpoint(tmp_path / "a.pt")
     assert torch.equal(loaded["state_dict"]["w"], saved["state_dict"]["w"])
@@ -111,7 +112,8 @@ def test_a_bare_hostile_pickle_is_refused(tmp_path, monkeypatch):
 def test_missing_truncated_empty_and_foreign_files_are_one_clear_line(tmp_path):
     torch.save({"w": torch.randn(1000)}, tmp_path / "whole.pt")
     whole = (tmp_path / "whole.pt").read_bytes()
-    for name, content in {"cut.pt": whole[: len(whole) // 2], "empty.pt": b"", "text.pt": b"hello, world\n" * 9}.items():
+    contents = {"cut.pt": whole[: len(whole) // 2], "empty.pt": b"", "text.pt": b"hello, world\n" * 9}
+    for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name}: not a checkpoint, or a damaged one") as e:
             load_checkpoint(tmp_path / name)
