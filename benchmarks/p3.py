@@ -1,0 +1,213 @@
+"""Stable Diffusion's speed and memory beside diffusers: the same random weights, the same inputs, the same run.
+
+    python3 benchmarks/p3.py                       # full size: 5 GB of disk and of memory, minutes on a CPU
+    python3 benchmarks/p3.py --tiny                # the same on a small network, to see that it works
+
+For each implementation and precision, in a process of its own: seconds to load a checkpoint of the whole model and the
+peak memory of that, seconds of one network evaluation under guidance (a batch of two) and of one decoded image (medians
+after a warm-up), peak memory of it all, and the largest difference of the predicted eps from our float32, as a part of
+its standard deviation. "diffusers, cl" has its network in channels_last.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "stable-diffusion")]
+
+import torch  # noqa: E402
+
+from utils import UserError, cli, pick_device, reuse_freed_memory  # noqa: E402
+
+TINY = {"unet_config": {"params": {"model_channels": 32, "context_dim": 32}},
+        "first_stage_config": {"params": {"ddconfig": {"ch": 32}}},
+        "cond_stage_config": {"params": {"config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                                                    "intermediate_size": 64}}}}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WHO = {"ours": "ours", "diffusers": "diffusers", "diffusers-cl": "diffusers, cl"}
+
+
+def main_config(tiny):
+    """OmegaConf of the model."""
+    from ldm.util import read_config
+    from omegaconf import OmegaConf
+
+    config = read_config(ROOT / "stable-diffusion/configs/stable-diffusion/v1-inference.yaml")
+    return OmegaConf.merge(config, {"model": {"params": TINY}}) if tiny else config
+
+
+def write_checkpoint(path, tiny):
+    """A checkpoint of random weights, named and stored as sd-v1-4.ckpt is."""
+    from ldm.util import instantiate_from_config
+
+    torch.manual_seed(0)
+    model = instantiate_from_config(main_config(tiny).model)
+    torch.save({"state_dict": model.state_dict(), "global_step": 0}, path)
+
+
+def diffusers_configs(folder, tiny):
+    """diffusers' configuration of the two networks, as files."""
+    params = main_config(tiny).model.params
+    unet, vae = params.unet_config.params, params.first_stage_config.params.ddconfig
+    widths = [unet.model_channels * m for m in unet.channel_mult]
+    files = {
+        "unet": {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
+                 "block_out_channels": widths, "cross_attention_dim": unet.context_dim, "attention_head_dim": 8,
+                 "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+                 "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3},
+        "vae": {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "layers_per_block": 2,
+                "latent_channels": 4, "block_out_channels": [vae.ch * m for m in vae.ch_mult],
+                "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4},
+    }
+    for name, content in files.items():
+        (pathlib.Path(folder) / name).mkdir(exist_ok=True)
+        (pathlib.Path(folder) / name / "config.json").write_text(json.dumps(content))
+
+
+def load_ours(opt, dtype):
+    """(network, decoder) of ldm, as functions."""
+    from ldm.util import load_model
+
+    model = load_model(main_config(opt.tiny), opt.ckpt, opt.device, dtype)
+    return model.apply_model, model.decode_first_stage
+
+
+def load_diffusers(opt, dtype):
+    """(network, decoder) of diffusers, as functions that take and give float32."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        diffusers_configs(folder, opt.tiny)
+        load = {"torch_dtype": dtype, "local_files_only": True}
+        unet = UNet2DConditionModel.from_single_file(opt.ckpt, config=folder, subfolder="unet", **load).to(opt.device)
+        vae = AutoencoderKL.from_single_file(opt.ckpt, config=folder, subfolder="vae", **load).to(opt.device)
+    if opt.who == "diffusers-cl":
+        unet, vae = (m.to(memory_format=torch.channels_last) for m in (unet, vae))
+    return (lambda x, t, c: unet(x.to(dtype), t, c.to(dtype)).sample.float(),
+            lambda z: vae.decode((z / 0.18215).to(dtype)).sample.float())
+
+
+def peak(device):
+    """Largest memory of this process so far, in GiB: on the GPU, or else the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def seconds(function, repeats, device):
+    """Median time of a call, after one that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])
+
+
+@torch.no_grad()
+def measure(opt):
+    """One implementation in one precision; prints a line of JSON, and leaves eps beside the checkpoint."""
+    device = torch.device(opt.device)
+    if opt.threads:
+        torch.set_num_threads(opt.threads)
+    importlib.import_module("ldm.modules.encoders.modules" if opt.who == "ours" else "diffusers.loaders.single_file")
+    begin = time.perf_counter()
+    network, decode = (load_ours if opt.who == "ours" else load_diffusers)(opt, DTYPES[opt.precision])
+    result = {"load_s": time.perf_counter() - begin, "load_gib": peak(device)}
+    reuse_freed_memory()                                     # of both, as all scripts of this project do
+    width = main_config(opt.tiny).model.params.unet_config.params.context_dim
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 4, opt.size // 8, opt.size // 8, generator=draw).to(device)
+    c = torch.randn(2, 77, width, generator=draw).to(device)
+    t = torch.full((2,), 500.0, device=device)
+    result["eval_s"] = seconds(lambda: network(torch.cat([x, x]), t, c), opt.repeats, device)
+    result["decode_s"] = seconds(lambda: decode(x), opt.repeats, device)
+    result["peak_gib"] = peak(device)
+    torch.save(network(torch.cat([x, x]), t, c).cpu(), f"{opt.ckpt}.{opt.who}.{opt.precision}.eps")
+    print(json.dumps(result))
+
+
+def table(results, exact):
+    """Markdown."""
+    lines = ["| | precision | load, s | its peak, GiB | guided evaluation, s | decode, s | peak, GiB | eps off by |",
+             "|---|---|---|---|---|---|---|---|"]
+    for (who, precision), r in results.items():
+        off = f"{float((r['eps'] - exact).abs().max() / exact.std()):.1e}"
+        lines.append(f"| {WHO[who]} | {precision} | {r['load_s']:.1f} | {r['load_gib']:.2f} | {r['eval_s']:.2f} | "
+                     f"{r['decode_s']:.2f} | {r['peak_gib']:.2f} | {off} |")
+    return "\n".join(lines)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a small network, and 64 pixels")
+    parser.add_argument("--size", type=int, help="side of the picture (default: 512)")
+    parser.add_argument("--precision", nargs="+", choices=list(DTYPES), help="default: fp32 bf16; on a GPU fp32 fp16")
+    parser.add_argument("--who", nargs="+", choices=list(WHO), help="default: all that are installed")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls, of which the median counts (default: 3)")
+    parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU (default: torch's choice)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--work", help="folder for the checkpoint, kept and used again (default: a temporary one)")
+    parser.add_argument("--out", help="also write the table there")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run_worker(opt, who, precision, ckpt):
+    command = [sys.executable, __file__, "--worker", who, precision, str(ckpt), "--size", str(opt.size),
+               "--device", opt.device, "--repeats", str(opt.repeats), "--threads", str(opt.threads)]
+    command += ["--tiny"] if opt.tiny else []
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise UserError(f"{who} in {precision} failed: {run.stderr.strip().splitlines()[-1][:200]}")
+    return {**json.loads(run.stdout.splitlines()[-1]), "eps": torch.load(f"{ckpt}.{who}.{precision}.eps")}
+
+
+@cli
+def main():
+    opt = parse_args()
+    opt.size = opt.size or (64 if opt.tiny else 512)
+    opt.device = str(pick_device(opt.device))
+    if opt.worker:
+        opt.who, opt.precision, opt.ckpt = opt.worker
+        return measure(opt)
+    precisions = opt.precision or (["fp32", "fp16"] if opt.device.startswith("cuda") else ["fp32", "bf16"])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(opt.work or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        ckpt = folder / ("tiny.ckpt" if opt.tiny else "random.ckpt")
+        if not ckpt.exists():
+            print(f"writing {ckpt}", file=sys.stderr)
+            write_checkpoint(ckpt, opt.tiny)
+        pairs = [(who, p) for p in precisions for who in opt.who or WHO]
+        results = {}
+        for who, precision in pairs:
+            print(f"{who}, {precision}", file=sys.stderr)
+            results[who, precision] = run_worker(opt, who, precision, ckpt)
+        if ("ours", "fp32") not in results:
+            raise UserError("--who and --precision: ours in fp32 must be among them, to compare with")
+        size = ckpt.stat().st_size / 2**30
+    text = (f"{platform.processor() or platform.machine()}, {opt.threads or os.cpu_count()} cores, {opt.device}, "
+            f"torch {torch.__version__}; checkpoint {size:.2f} GiB, {opt.size}x{opt.size}\n\n"
+            + table(results, results["ours", "fp32"]["eps"]))
+    print(text)
+    if opt.out:
+        pathlib.Path(opt.out).write_text(text + "\n")
+        print(f"wrote {opt.out}")
+
+
+if __name__ == "__main__":
+    main()
