@@ -118,5 +118,5 @@ def test_ldm_stands_alone_and_is_small():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
-                extra = {"argparse", "sys", "PIL", "imwatermark"} if file.name == "txt2img.py" else set()
+                extra = {"argparse", "ctypes", "sys", "PIL", "imwatermark"} if file.name == "txt2img.py" else set()
                 assert {n.split(".")[0] for n in names} <= PACKAGES | extra, file

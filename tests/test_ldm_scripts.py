@@ -103,7 +103,7 @@ print("done")
 
 def test_students_scripts_run_unchanged(files, tmp_path, monkeypatch, capsys):
     script = STUDENT
-    if not hasattr(torch.nn.functional, "scaled_dot_product_attention"):     # torch 1 has no layer norm under CPU autocast
+    if not hasattr(torch.nn.functional, "scaled_dot_product_attention"):     # torch 1: no layer norm under CPU autocast
         script = script.replace('autocast("cpu", dtype=torch.bfloat16)', "nullcontext()")
     (tmp_path / "student.py").write_text(script)
     monkeypatch.setattr(sys, "argv", ["student.py", *files])

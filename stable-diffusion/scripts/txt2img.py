@@ -7,6 +7,8 @@ Writes OUTDIR/samples/00000.png ... and OUTDIR/grid-0000.png. Picture i has the 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import os
 import pathlib
 import sys
@@ -93,6 +95,14 @@ def check(opt):
         raise ModelError(f"{opt.ckpt or ROOT / CKPT[0]}: no such checkpoint; fetch sd-v1-4.ckpt, or give --ckpt FILE")
 
 
+def keep_freed_memory():
+    """Has glibc hand freed blocks to the next layer, rather than map and zero new pages: a tenth of a CPU's time."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block in a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: the heap does not shrink
+
+
 def watermarker():
     """Marks a uint8 picture [H, W, 3] as machine-made, where the package invisible-watermark is installed."""
     try:
@@ -154,6 +164,7 @@ def run(opt):
     samples = pathlib.Path(opt.outdir) / "samples"
     samples.mkdir(parents=True, exist_ok=True)
     model = load_model(opt.config, opt.ckpt, opt.device, pick_dtype(opt.precision, opt.device))
+    keep_freed_memory()
     tokens = LearnedTokens(model.cond_stage_model)
     for path in opt.embedding_path:
         print(f"{path}: {', '.join(tokens.load(path))}")
