@@ -44,9 +44,9 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def _decode_bytes(self, z):
-        """Memory of decoding one image: about four of the largest feature maps at once."""
+        """Memory of decoding one image: about six of the largest feature maps at once."""
         pixels = z.shape[2] * z.shape[3] * self.factor**2
-        return 4 * self.widest * pixels * z.element_size()
+        return 6 * self.widest * pixels * z.element_size()
 
     def _decode_tiled(self, z):
         """Tiles of 64 x 64 latents that overlap by 16, blended linearly: the memory of one tile for any size."""
