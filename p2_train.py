@@ -102,16 +102,18 @@ class Samples(pl.Callback):
 
 
 class Faces(Dataset):
-    """Item i is picture i, cyclically, uint8 [3, S, S]; a list of items gives a batch; `length` items are an epoch."""
+    """Item i is picture i, uint8 [3, S, S], or any one where `drawn`; a list of items gives a batch. `length` items are
+    an epoch."""
 
-    def __init__(self, images):
-        self.images, self.length = images, len(images)
+    def __init__(self, images, drawn=False):
+        self.images, self.length, self.drawn = images, len(images), drawn
 
     def __len__(self):
         return self.length
 
     def __getitems__(self, indices):
-        return self.images[torch.tensor(indices) % len(self.images)]
+        rows = torch.randint(len(self.images), (len(indices),)) if self.drawn else torch.tensor(indices)
+        return self.images[rows]
 
 
 def read_faces(folder, size):
@@ -168,7 +170,7 @@ def main(argv=None):
     module = FaceDiffusion(config, args.lr, args.steps, args.warmup)
     ema = EMAWeightAveraging(decay=args.ema, update_starting_at_step=args.warmup)
     trainer = lightning_trainer(args, [Samples(out), ema])
-    fit(args, trainer, module, Faces(train), Faces(val))
+    fit(args, trainer, module, Faces(train, drawn=True), Faces(val))
     if trainer.is_global_zero:
         print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,last.pt,samples/}}")
 

@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from utils import UserError, noise_stream, to_uint8
+from utils import UserError, noise_stream, reuse_freed_memory, to_uint8
 
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "stable-diffusion"))
@@ -41,6 +41,7 @@ def user_errors(where=""):
 
 def load_stable_diffusion(ckpt, device, dtype, config=CONFIG):
     """The frozen LatentDiffusion of a checkpoint in CompVis's layout, network and autoencoder in `dtype`."""
+    reuse_freed_memory()
     with user_errors():
         return load_model(config, ckpt, device, dtype)
 

@@ -129,7 +129,9 @@ def pick_precision(name, device):
 def reuse_freed_memory():
     """Has glibc keep large freed blocks for the next layer, instead of giving them back to the system and having
     them zeroed and mapped anew: 15 % of the face U-Net's time on a CPU, a fifth of a training step of Problem 1.
-    Without glibc, nothing happens."""
+
+    Without glibc, nothing happens.
+    """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block in a mapping of its own

@@ -12,8 +12,8 @@ from utils import UserError
 
 
 def write_domain(folder, count=60, seed=0, grey=False, flat=False):
-    """A small domain with labels 0..9 in turn; gives its pictures, uint8 [N, 28, 28(, 3)]: random, or flat, as bright as
-    their label is high."""
+    """A small domain with labels 0..9 in turn; gives its pictures, uint8 [N, 28, 28(, 3)]: random, or flat, as
+    bright as their label is high."""
     (folder / "data").mkdir(parents=True)
     shape = (count, 28, 28) if grey else (count, 28, 28, 3)
     images = np.random.RandomState(seed).randint(0, 256, shape, dtype=np.uint8)
