@@ -68,6 +68,18 @@ class DigitDiffusion(pl.LightningModule):
         return warmup_cosine(optimizer, self.total_steps, self.warmup)
 
 
+def draw(module, digit, domain, bf16):
+    """uint8 [N, 3, 28, 28]: one sample for each digit and domain, int64 [N], by p1_infer.py's sampler at guidance 2."""
+    images = []
+    for part in torch.arange(len(digit)).split(100):
+        noise = noise_stream(0, part, (3, 28, 28), module.device)
+        condition = digit[part].to(module.device), domain[part].to(module.device)
+        with autocast(module.device, torch.bfloat16 if bf16 else torch.float32):
+            eps_model = eps_model_for(module.model, module.config, *condition, scale=2.0)
+            images.append(to_uint8(run(reverse_process(eps_model, module.config, noise))).cpu())
+    return torch.cat(images)
+
+
 class Samples(pl.Callback):
     """After every epoch, with the EMA weights: a picture of samples, the accuracy of their digits, and the weights
     themselves.
@@ -75,43 +87,34 @@ class Samples(pl.Callback):
     It must stand before the EMA callback, which puts the training weights back at the end of the validation.
     """
 
-    def __init__(self, out, classifiers, per_pair=10):
-        self.out, self.per_pair, self.best = out, per_pair, -1.0
+    def __init__(self, out, classifiers):
+        self.out, self.best = out, -1.0
         self.classifiers = [load_classifier(c) for c in classifiers]
 
     def on_validation_epoch_end(self, trainer, module):
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
-        device, config = module.device, module.config
-        pair = torch.arange(20).repeat_interleave(self.per_pair)
-        digit, domain = pair % 10, pair // 10
-        images = []
-        for part in torch.arange(len(pair)).split(100):
-            noise = noise_stream(0, part, (3, 28, 28), device)
-            with autocast(device, torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32):
-                eps_model = eps_model_for(
-                    module.model, config, digit[part].to(device), domain[part].to(device), scale=2.0
-                )
-                images.append(to_uint8(run(reverse_process(eps_model, config, noise))).cpu())
-        images = torch.cat(images)
-        save_png(
-            image_grid(images[:: self.per_pair // 10][:200], 20),
-            self.out / "samples" / f"{trainer.global_step:07d}.png",
-        )
+        pair = torch.arange(200) // 10
+        images = draw(module, pair % 10, pair // 10, trainer.precision == "bf16-mixed")
+        save_png(image_grid(images, 20), self.out / "samples" / f"{trainer.global_step:07d}.png")
         right = [
-            (predict(c, images[domain == d]) == digit[domain == d]).float().mean().item()
-            for d, c in enumerate(self.classifiers)
+            (predict(judge, images[pair // 10 == d]) == pair[pair // 10 == d] % 10).float().mean().item()
+            for d, judge in enumerate(self.classifiers)
         ]
         metrics = {f"accuracy_{name}": a for name, a in zip(DOMAINS, right)}
         metrics["accuracy"] = sum(right) / 2
         for name, value in metrics.items():
             module.log(name, value, rank_zero_only=True)
-        metrics.update({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_loss")})
+        self.save(trainer, module, metrics)
+
+    def save(self, trainer, module, metrics):
+        """last.pt always, best.pt where the accuracy is the highest so far (the later one of equals)."""
+        losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_loss")}
         checkpoint = {
             "state_dict": half(module.model.state_dict()),
-            "config": config,
+            "config": module.config,
             "step": trainer.global_step,
-            "metrics": metrics,
+            "metrics": {**metrics, **losses},
         }
         save_checkpoint(checkpoint, self.out / "last.pt")
         if metrics["accuracy"] >= self.best:
