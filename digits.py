@@ -98,9 +98,8 @@ def _read_cached(folder, names):
         raise UserError(f"{data}: no such folder; unpack hw2_data again")
     with ThreadPoolExecutor() as pool:
         paths = [data / n for n in names]
-        images = np.stack(
-            list(tqdm(pool.map(read_image, paths), total=len(paths), desc=f"reading {folder.name}", leave=False))
-        )
+        read = tqdm(pool.map(read_image, paths), total=len(paths), desc=f"reading {folder.name}", leave=False)
+        images = np.ascontiguousarray(np.stack(list(read)))         # noise like a picture follows its memory layout
     with contextlib.suppress(OSError), atomic(
         cache
     ) as temporary:  # a read-only data folder only costs the second start
