@@ -145,7 +145,7 @@ def parse(argv):
         metavar=("MNISTM", "SVHN"),
         default=["checkpoints/mnistm_classifier.pth", "checkpoints/svhn_classifier.pth"],
     )
-    add_training_options(parser, out="runs/p1", steps=15000, batch_size=128, lr=1e-3, ema=0.999)
+    add_training_options(parser, out="runs/p1", steps=8500, batch_size=128, lr=1e-3, ema=0.999)
     return parser.parse_args(argv)
 
 

