@@ -124,18 +124,6 @@ def timesteps(T, steps, spacing="trailing"):
     raise ValueError(f"spacing {spacing!r}: take trailing or course")
 
 
-def timesteps_logsnr(alpha_bar, steps, rho=7.0):
-    """Times whose noise level sigma/alpha falls from T-1 to 0 along Karras et al. 2022 (eq. 5, exponent rho), then
-    -1: `steps` + 1 ints."""
-    level = ((1 - alpha_bar) / alpha_bar).sqrt()
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    wanted = (level[-1] ** (1 / rho) + ramp * (level[0] ** (1 / rho) - level[-1] ** (1 / rho))) ** rho
-    times = torch.searchsorted(level, wanted).clamp(max=len(alpha_bar) - 1).tolist()
-    for i in range(steps - 2, -1, -1):  # searchsorted may repeat a time among the smallest
-        times[i] = max(times[i], times[i + 1] + 1)
-    return [min(t, len(alpha_bar) - 1) for t in times] + [-1]
-
-
 def predict_x0(x_t, eps, a, s, clip=True):
     """x_0 = (x_t - sigma eps) / alpha (Ho et al. 2020, eq. 15), clamped to [-1, 1] when `clip`."""
     x_0 = (x_t - s * eps) / a

@@ -110,17 +110,17 @@ def parse(argv):
     parser.add_argument("out", nargs="?", help="output folder of the 1,000 images")
     parser.add_argument("--checkpoint", default=str(CHECKPOINT))
     parser.add_argument("--sampler", choices=["dpm++", "ddim", "ddpm"], default="dpm++")
-    parser.add_argument("--steps", type=int, default=12, help="network evaluations without guidance (default: 12)")
+    parser.add_argument("--steps", type=int, default=16, help="of the sampler (default: 16)")
     parser.add_argument(
-        "--guidance", type=float, default=2.0, help="eps_u + guidance (eps_c - eps_u); 1 = none (default: 2)"
+        "--guidance", type=float, default=5.0, help="eps_u + guidance (eps_c - eps_u); 1 = none (default: 5)"
     )
     parser.add_argument(
         "--interval",
         type=int,
         nargs=2,
-        default=[0, 1000],
+        default=[200, 750],
         metavar=("FROM", "TO"),
-        help="guide at times FROM <= t < TO only (default: 0 1000)",
+        help="guide at times FROM <= t < TO only (default: 200 750)",
     )
     parser.add_argument("--num-per-digit", type=int, default=50)
     parser.add_argument(

@@ -46,20 +46,18 @@ from utils import (
 )
 
 FULL = (0, 1000)
-# sampler, steps, guidance, interval: what the shipped setting was chosen from
+# sampler, steps, guidance, interval: what the shipped setting, the first one, was chosen from
 GRID = [
-    ("dpm++", 8, 2.0, FULL),
-    ("dpm++", 12, 1.0, FULL),
-    ("dpm++", 12, 1.5, FULL),
-    ("dpm++", 12, 2.0, FULL),
+    ("dpm++", 16, 5.0, (200, 750)),
+    ("dpm++", 14, 3.5, (300, 1000)),
+    ("dpm++", 12, 2.5, FULL),
     ("dpm++", 12, 3.0, FULL),
-    ("dpm++", 12, 5.0, FULL),
-    ("dpm++", 15, 2.0, (200, 900)),
-    ("dpm++", 15, 3.0, (200, 900)),
-    ("dpm++", 25, 2.0, FULL),
-    ("ddim", 12, 2.0, FULL),
-    ("ddim", 50, 2.0, FULL),
-    ("ddpm", 50, 2.0, FULL),
+    ("dpm++", 12, 4.0, FULL),
+    ("dpm++", 12, 2.0, FULL),
+    ("dpm++", 12, 1.0, FULL),
+    ("dpm++", 8, 3.0, FULL),
+    ("dpm++", 25, 3.0, FULL),
+    ("ddim", 12, 3.0, FULL),
 ]
 
 
@@ -190,7 +188,7 @@ def row(args, fid, name, make, setting):
 
 def neighbours(args, path):
     """20 samples of each domain, each above the training image nearest to it in pixels (Euclidean)."""
-    images, _, _ = generate(args, args.num_per_digit, ours, *args.shipped)
+    images, _, _ = generate(args, args.num_per_digit, ours, *args.grid[0])
     rows = []
     for d, name in enumerate(DOMAINS):
         train = load_digits(args.data, name, "train")[0]
@@ -255,8 +253,7 @@ def main(argv=None):
     args.model, args.config = load_digit_unet(args.checkpoint)
     args.model.to(args.device)
     args.judges = [load_classifier(args.classifier, args.device), load_classifier(args.svhn_classifier, args.device)]
-    grid = [(s, int(n), float(g), tuple(map(int, i.split("-")))) for s, n, g, i in args.only] if args.only else GRID
-    args.shipped = grid[0] if args.only else SHIPPED
+    args.grid = [(s, int(n), float(g), tuple(map(int, i.split("-")))) for s, n, g, i in args.only] if args.only else GRID
     if args.neighbours:
         neighbours(args, args.neighbours)
         return
@@ -272,9 +269,9 @@ def main(argv=None):
         lines.append(
             "| real, half against half | | | | | | | " + " | ".join(f"{v:.1f}" for v in fid.of_real()) + " | | |"
         )
-    jobs = [(s[0], ours, s) for s in grid]
+    jobs = [(s[0], ours, s) for s in args.grid]
     if not args.no_peers:
-        jobs += [("ancestral 400", ancestral_peer, ("", 400, 3.0, FULL)), ("diffusers", diffusers_peer, args.shipped)]
+        jobs += [("ancestral 400", ancestral_peer, ("", 400, 3.0, FULL)), ("diffusers", diffusers_peer, args.grid[0])]
     print("\n".join(lines))
     for name, make, setting in jobs:
         lines.append(row(args, fid, name, make, setting))
@@ -283,8 +280,6 @@ def main(argv=None):
         pathlib.Path(args.out).write_text("\n".join(lines) + "\n")
         print(f"wrote {args.out}")
 
-
-SHIPPED = ("dpm++", 12, 2.0, FULL)  # the defaults of p1_infer.py
 
 if __name__ == "__main__":
     main(sys.argv[1:])
