@@ -253,7 +253,8 @@ def main(argv=None):
     args.model, args.config = load_digit_unet(args.checkpoint)
     args.model.to(args.device)
     args.judges = [load_classifier(args.classifier, args.device), load_classifier(args.svhn_classifier, args.device)]
-    args.grid = [(s, int(n), float(g), tuple(map(int, i.split("-")))) for s, n, g, i in args.only] if args.only else GRID
+    only = [(s, int(n), float(g), tuple(map(int, i.split("-")))) for s, n, g, i in args.only or []]
+    args.grid = only or GRID
     if args.neighbours:
         neighbours(args, args.neighbours)
         return
