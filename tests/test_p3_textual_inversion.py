@@ -53,7 +53,7 @@ class ExactDenoiser(torch.nn.Module):
         super().__init__()
         self.log_abar = alphas_cumprod.log()
         self.g = torch.nn.Linear(32, 4, bias=False).requires_grad_(False)
-        torch.nn.init.normal_(self.g.weight, generator=torch.Generator().manual_seed(0))
+        self.g.weight.data.normal_(generator=torch.Generator().manual_seed(0))
 
     def forward(self, x, t, context):
         low, share = t.long(), t.float().frac()              # the sampler's times are fractions
