@@ -241,7 +241,7 @@ def arguments():
     parser.add_argument("json", help="concepts and prompts")
     parser.add_argument("out", help="output folder")
     parser.add_argument("ckpt", help="sd-v1-4.ckpt, or another checkpoint that --config describes")
-    parser.add_argument("--embeddings", default=str(p3_model.ROOT / "embeddings"), help="folder of learned embeddings")
+    parser.add_argument("--embeddings", default=str(p3_model.ROOT / "embeddings"), help="also JSON/../embeddings")
     parser.add_argument("--images", type=int, default=25, help="pictures a prompt (default: 25, what the grader takes)")
     parser.add_argument("--steps", type=int, default=25, help="DPM-Solver++ steps (default: 25)")
     parser.add_argument("--scale", type=float, default=7.5, help="guidance scale (default: 7.5)")
@@ -269,8 +269,9 @@ def main():
     device = pick_device(args.device)
     dtype = pick_precision(args.precision, device)
     model = p3_model.load_stable_diffusion(args.ckpt, device, dtype, args.config)
+    args.size = args.size or p3_model.own_size(model)
     tokens, missing = p3_model.learned_tokens(model), tokens_in(prompts, concepts)
-    for folder in (args.embeddings, out / ".embeddings"):
+    for folder in (args.embeddings, pathlib.Path(args.json).parent / "embeddings", out / ".embeddings"):
         missing = p3_model.load_embeddings(tokens, folder, missing)
     jobs = sources_of(missing, concepts, pathlib.Path(args.json).parent, args)
 

@@ -21,13 +21,11 @@ from ldm.models.diffusion.dpm_solver import DPMSolverSampler  # noqa: E402
 from ldm.modules.textual_inversion import LearnedTokens, read_embeddings  # noqa: E402
 from ldm.util import ModelError, free_memory, load_model  # noqa: E402
 
-CONFIG = ROOT / "stable-diffusion/configs/stable-diffusion/v1-inference.yaml"
-
 
 def add_model_options(parser):
     """What both scripts of Textual Inversion ask about the model."""
-    parser.add_argument("--config", default=str(CONFIG), help="the model's YAML (default: Stable Diffusion v1)")
-    parser.add_argument("--size", type=int, default=512, help="side of a picture, a multiple of 64 (default: 512)")
+    parser.add_argument("--config", help="the model's YAML (default: what the checkpoint names, else v1-inference)")
+    parser.add_argument("--size", type=int, help="side of a picture, a multiple of 64 (default: the model's own)")
 
 
 @contextlib.contextmanager
@@ -39,7 +37,7 @@ def user_errors(where=""):
         raise UserError(f"{where}{e}") from None
 
 
-def load_stable_diffusion(ckpt, device, dtype, config=CONFIG):
+def load_stable_diffusion(ckpt, device, dtype, config=None):
     """The frozen LatentDiffusion of a checkpoint in CompVis's layout, network and autoencoder in `dtype`."""
     reuse_freed_memory()
     with user_errors():
@@ -47,8 +45,13 @@ def load_stable_diffusion(ckpt, device, dtype, config=CONFIG):
 
 
 def check_size(size):
-    if size < 64 or size % 64:
-        raise UserError(f"--size {size}: take a multiple of 64, at least 64; the model was trained at 512")
+    if size is not None and (size < 64 or size % 64):
+        raise UserError(f"--size {size}: take a multiple of 64, at least 64")
+
+
+def own_size(model):
+    """The side in pixels of the pictures that a model was trained on: 512 for Stable Diffusion v1."""
+    return model.image_size * model.first_stage_model.factor
 
 
 def weights_id(model):
@@ -60,12 +63,13 @@ def weights_id(model):
 
 
 @torch.no_grad()
-def generate(model, prompt, indices, steps=25, scale=7.5, size=512, seed=0):
+def generate(model, prompt, indices, steps=25, scale=7.5, size=None, seed=0):
     """Pictures of one prompt, uint8 [len(indices), 3, size, size]: DPM-Solver++(2M), guidance scale `scale`.
 
     Picture i starts from the noise of the seed `seed + i`, so that it is the same in any batch.
     """
-    shape = [model.channels, size // 8, size // 8]
+    side = (size or own_size(model)) // model.first_stage_model.factor
+    shape = [model.channels, side, side]
     cond, uncond = model.get_learned_conditioning([prompt]), model.get_learned_conditioning([""])
     x_T = noise_stream(seed, indices, shape)()
     guidance = {"unconditional_guidance_scale": scale, "unconditional_conditioning": uncond}
@@ -74,12 +78,13 @@ def generate(model, prompt, indices, steps=25, scale=7.5, size=512, seed=0):
 
 
 def fitting_batch(model, size, most=5):
-    """How many pictures to make at once: as many as memory holds, at most `most`. On a CPU 1: more are not faster.
+    """How many pictures to make at once: as many as memory holds, at most `most`. On a CPU as many as have the pixels
+    of one of 512x512, up to 25: more are not faster.
 
     A guided picture of 512x512 is reckoned as 1 GB in half precision, most of it for sliced attention (torch < 2.0).
     """
     if model.device.type == "cpu":
-        return 1
+        return min(25, max(1, 512**2 // size**2))
     picture = 2**30 * (size / 512) ** 2 * torch.empty(0, dtype=model.dtype).element_size() / 2
     return int(max(1, min(most, 0.8 * free_memory(model.device) / picture)))
 

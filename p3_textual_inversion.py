@@ -15,7 +15,7 @@ import time
 from concepts import image_files, read_concepts
 from p3_clip import load_clip
 from p3_invert import Recipe, invert
-from p3_model import add_model_options, check_size, embedding_path, learned_tokens, load_stable_diffusion
+from p3_model import add_model_options, check_size, embedding_path, learned_tokens, load_stable_diffusion, own_size
 from utils import UserError, add_device_options, cli, output_folder, pick_device, pick_precision
 
 
@@ -85,6 +85,7 @@ def main():
     out, device = output_folder(args.out), pick_device(args.device)
     clip = judge(args.clip, device)
     model = load_stable_diffusion(args.ckpt, device, pick_precision(args.precision, device), args.config)
+    args.size = args.size or own_size(model)
     tokens, recipe = learned_tokens(model), Recipe(**{k: v for k, v in vars(args).items() if k in Recipe._fields})
     done = []
     for n, (concept, files) in enumerate(jobs):

@@ -11,6 +11,8 @@ import pathlib
 import torch
 from torch import nn
 
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs/stable-diffusion"
+
 
 class ModelError(Exception):
     """Something the user can mend: the message is one line that names the file and the remedy."""
@@ -47,15 +49,19 @@ def read_config(path):
 
 
 def load_model(config, ckpt, device="cpu", dtype=torch.float32):
-    """The model of a config (a path, or its OmegaConf) with the weights of `ckpt`: frozen, in eval mode, on `device`.
+    """The model of a config with the weights of `ckpt`: frozen, in eval mode, on `device`. A config is a path, its
+    OmegaConf, or None for the one in configs/stable-diffusion/ that the checkpoint names (if it names none, v1).
 
     Network and autoencoder are in `dtype`, the text encoder in float32: its share of the time is small, and learned
     embeddings want its precision. Weights go tensor by tensor from the file to their place: memory peaks at the model's
     own size.
     """
-    from ldm.checkpoint import load_weights, read_state_dict
+    from ldm.checkpoint import load_weights, read_checkpoint, read_state_dict
 
     stored = read_state_dict(ckpt)          # first: its errors come at once
+    if config is None:
+        own = [path for path in CONFIGS.glob("*.yaml") if path.stem == read_checkpoint(ckpt).get("config")]
+        config = (own or [CONFIGS / "v1-inference.yaml"])[0]
     if isinstance(config, (str, pathlib.Path)):
         config = read_config(config)
     with uninitialised():

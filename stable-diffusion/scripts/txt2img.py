@@ -49,7 +49,7 @@ def parse_args(argv=None):
     add("--n_samples", type=int, default=3, help="batch size: pictures of a prompt an iteration (default: 3)")
     add("--n_rows", type=int, default=0, help="columns of the grid (default: n_samples)")
     add("--scale", type=float, default=7.5, help="guidance scale (default: 7.5)")
-    add("--config", default=str(ROOT / "configs/stable-diffusion/v1-inference.yaml"))
+    add("--config", help="the model's YAML (default: the one that the checkpoint names, else v1-inference.yaml)")
     add("--ckpt", help=f"checkpoint, .ckpt or .safetensors (default: {' or '.join(CKPT)})")
     add("--embedding_path", nargs="*", default=[], help="files of learned embeddings for placeholders in prompts")
     add("--seed", type=int, default=42)
