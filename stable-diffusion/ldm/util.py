@@ -11,7 +11,7 @@ import pathlib
 import torch
 from torch import nn
 
-CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs/stable-diffusion"
+CONFIGS = {path.stem: path for path in pathlib.Path(__file__).resolve().parents[1].glob("configs/*/*.yaml")}
 
 
 class ModelError(Exception):
@@ -60,10 +60,8 @@ def load_model(config, ckpt, device="cpu", dtype=torch.float32):
 
     stored = read_state_dict(ckpt)          # first: its errors come at once
     if config is None:
-        own = [path for path in CONFIGS.glob("*.yaml") if path.stem == read_checkpoint(ckpt).get("config")]
-        config = (own or [CONFIGS / "v1-inference.yaml"])[0]
-    if isinstance(config, (str, pathlib.Path)):
-        config = read_config(config)
+        config = CONFIGS.get(read_checkpoint(ckpt).get("config"), CONFIGS["v1-inference"])
+    config = read_config(config) if isinstance(config, (str, pathlib.Path)) else config
     with uninitialised():
         model = instantiate_from_config(config.model)
     load_weights(model, stored, ckpt, device, dtype)
