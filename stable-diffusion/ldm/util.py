@@ -60,7 +60,7 @@ def load_model(config, ckpt, device="cpu", dtype=torch.float32):
 
     stored = read_state_dict(ckpt)          # first: its errors come at once
     if config is None:
-        config = CONFIGS.get(read_checkpoint(ckpt).get("config"), CONFIGS["v1-inference"])
+        config = CONFIGS.get(str(read_checkpoint(ckpt).get("config")), CONFIGS["v1-inference"])
     config = read_config(config) if isinstance(config, (str, pathlib.Path)) else config
     with uninitialised():
         model = instantiate_from_config(config.model)
