@@ -26,6 +26,8 @@ class Concept(NamedTuple):
     prompts: list
     eval_prompts: list          # prompt_4_clip_eval: the prompts with the word in the token's place; may be []
     baseline: list              # [image score, text score] a prompt; may be []
+    captions: tuple = ()        # train_captions, of our JSONs: what Textual Inversion says; {} for the token
+    validation: tuple = ()      # validation_prompts, likewise: what it chooses the step by
 
 
 def read_concepts(path):
@@ -60,7 +62,13 @@ def _concept(path, key, entry):
     for name, values in (("prompt_4_clip_eval", eval_prompts), ("baseline", baseline)):
         if values and len(values) != len(prompts):
             raise UserError(f'{path}: entry "{key}" has {len(prompts)} prompts but {len(values)} in "{name}"')
-    return Concept(key, entry["src_image"], entry["token_name"], prompts, eval_prompts, baseline)
+    templates = []
+    for name in ("train_captions", "validation_prompts"):
+        texts = entry.get(name, [])
+        if not isinstance(texts, list) or not all(isinstance(t, str) and t.count("{}") == 1 for t in texts):
+            raise UserError(f'{path}: entry "{key}": "{name}" is a list of texts, each with a {{}} in it')
+        templates.append(tuple(texts))
+    return Concept(key, entry["src_image"], entry["token_name"], prompts, eval_prompts, baseline, *templates)
 
 
 def placeholders(prompt):

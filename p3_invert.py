@@ -244,7 +244,7 @@ def resume(work, training, vectors, optimizer, scaler):
 def grader_scores(model, token, concept, kind, sources, clip, recipe):
     """(image score, text score) as the course's grader has them, averaged over validation prompts of our own."""
     scores = []
-    for template in STYLE_VALIDATION if kind == "style" else OBJECT_VALIDATION:
+    for template in concept.validation or (STYLE_VALIDATION if kind == "style" else OBJECT_VALIDATION):
         pictures = generate(model, template.format(token), range(VALIDATION_PICTURES), size=recipe.size, seed=1000)
         pictures = clip.images([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures])
         text = text_scores(clip, pictures, template.format(concept.word))
@@ -279,7 +279,7 @@ def choose(model, tokens, token, concept, kind, files, clip, recipe, work, deadl
         image, text = known[name]
         if best is None or image + 2.5 * text > best[0]:
             best = image + 2.5 * text, step, vectors, {"held_back_loss": loss, "image": image, "text": text}
-    return (*best[1:], f"the grader's score on {len(OBJECT_VALIDATION)} validation prompts")
+    return (*best[1:], "the grader's score on validation prompts")
 
 
 # -------------------------------------------------------------------------------- all of it
@@ -299,7 +299,7 @@ def invert(model, tokens, concept, files, recipe, out, work, clip=None, deadline
         if token not in tokens:
             tokens.add(token, tokens.initial(word, recipe.vectors), init_word=word)
     moments, held = cache_moments(model, files, recipe, flip)
-    captions = STYLE_CAPTIONS if kind == "style" else OBJECT_CAPTIONS
+    captions = concept.captions or (STYLE_CAPTIONS if kind == "style" else OBJECT_CAPTIONS)
     stop = deadline
     if deadline is not None and clip is not None:
         stop = deadline - (deadline - time.monotonic()) / 3

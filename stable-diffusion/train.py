@@ -51,23 +51,25 @@ CAPTIONS = [
 
 
 class Pictures:
-    """Captioned pictures: images uint8 [N, 3, 64, 64], subject and vendor int64 [N], split [N] of texts."""
+    """Captioned pictures: images uint8 [N, 3, 64, 64]; subject, vendor and split int64 [N], which index the lists
+    subjects (with their article), vendors and splits."""
 
     def __init__(self, folder):
         folder = pathlib.Path(folder)
         try:
             with np.load(folder / "emoji.npz") as arrays:
                 self.images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).contiguous()
-                self.subject, self.vendor = (torch.from_numpy(arrays[k]).long() for k in ("subject", "vendor"))
-                self.split = arrays["split"]
-            names = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
-            self.subjects, self.vendors = names["subjects"], names["vendors"]
+                self.subject, self.vendor, self.split = (
+                    torch.from_numpy(arrays[k].astype(np.int64)) for k in ("subject", "vendor", "split"))
+            info = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
+            self.subjects, self.vendors = [s["phrase"] for s in info["subjects"]], [v["name"] for v in info["vendors"]]
+            self.splits = info["splits"]
         except (OSError, KeyError, ValueError) as e:
             raise ModelError(f"{folder}: no emoji.npz and emoji.json of tools/make_emoji_dataset.py ({e})") from None
 
     def rows(self, split):
         """Indices of the pictures of "train", "val", "subject" or "style"."""
-        return torch.from_numpy(np.flatnonzero(self.split == split))
+        return torch.nonzero(self.split == self.splits.index(split))[:, 0]
 
     def caption(self, row, form=0):
         """The caption of a picture in one of the forms of CAPTIONS."""

@@ -27,10 +27,12 @@ SMALL = ["training.autoencoder.steps=3", "training.autoencoder.batch_size=4", "t
 def data(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("emoji"), np.random.RandomState(0)
     subject, vendor = (a.ravel() for a in np.meshgrid(range(6), range(3), indexing="ij"))
-    split = np.array(["val" if (s + v) % 6 == 5 else "train" for s, v in zip(subject, vendor)])
+    split = ((subject + vendor) % 6 == 5).astype(np.uint8)
     np.savez(folder / "emoji.npz", images=rng.randint(0, 256, (18, 64, 64, 3), dtype=np.uint8), subject=subject,
              vendor=vendor, split=split)
-    (folder / "emoji.json").write_text(json.dumps({"subjects": SUBJECTS, "vendors": VENDORS}))
+    (folder / "emoji.json").write_text(json.dumps({
+        "subjects": [{"phrase": s} for s in SUBJECTS], "vendors": [{"name": v} for v in VENDORS],
+        "splits": ["train", "val", "subject", "style"]}))
     return folder
 
 

@@ -1,4 +1,5 @@
 """p3_invert.py and p3_textual_inversion.py: an embedding is learned, and nothing else, on a tiny Stable Diffusion."""
+import json
 import sys
 import time
 
@@ -263,6 +264,16 @@ def test_the_script_learns_all_concepts_and_chooses_by_a_clip(task, tmp_path, mo
         assert content["step"] in (1, 2) and content["base_model"]
         assert Image.open(tmp_path / "work" / token / "preview_00002.png").size == (2 * 64 + 6, 2 * 64 + 6)
     assert load_checkpoint(tmp_path / "out/new2.pt")["init_word"] == "David Revoy"
+
+
+def test_the_json_may_bring_captions_of_its_own(task, tmp_path, monkeypatch):
+    entries = json.loads(task[1].read_text())
+    entries["0"]["train_captions"] = ["an emoji of {}"]
+    task[1].write_text(json.dumps(entries))
+    said, learn = {}, p3_invert.train
+    monkeypatch.setattr(p3_invert, "train", lambda *a, **k: said.update({a[2]: a[5]}) or learn(*a, **k))
+    assert script(monkeypatch, *task, "--clip", "none", "--preview-every", 0) == 0
+    assert said == {"<new1>": ("an emoji of {}",), "<new2>": p3_invert.STYLE_CAPTIONS}
 
 
 def test_only_and_init_word_are_taken(task, tmp_path, monkeypatch, capsys):
