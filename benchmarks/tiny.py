@@ -1,0 +1,134 @@
+"""The small Stable Diffusion in one table: does the picture of a held-back pair show that subject in that style?
+
+    python3 benchmarks/tiny.py --data runs/emoji --ckpt checkpoints/tiny.ckpt --clip checkpoints/tiny_clip.pt
+
+DATA is what tools/make_emoji_dataset.py writes. For 200 held-back pairs (the subject seen in other styles, the style
+with other subjects): the share of pictures whose nearest caption of the 200, by the small CLIP, is their own, and the
+Frechet inception distance to the real held-back pictures; a row for the real ones and for each guidance scale.
+--picture shows two dozen of them under the real ones. --zeroshot DIR writes the held-back pictures of each vendor as
+p3_clip_zeroshot.py reads them, DIR/{vendor}/val and id2label.json.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "stable-diffusion"))
+
+import torch
+from fid import Inception, frechet_distance
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from PIL import Image
+from tqdm import tqdm
+from train import Pictures
+
+from p3_clip import load_clip
+from p3_model import load_stable_diffusion, own_size
+from utils import (
+    add_device_options,
+    cli,
+    image_grid,
+    noise_stream,
+    output_folder,
+    pick_device,
+    pick_precision,
+    save_png,
+    to_uint8,
+)
+
+CHECKPOINTS = pathlib.Path(__file__).resolve().parents[1] / "checkpoints"
+
+@torch.no_grad()
+def generate(model, prompts, scale, steps, batch=50):
+    """A picture of each prompt, uint8 [N, 3, 64, 64]; picture i starts from the seed i."""
+    side, pictures = own_size(model) // model.first_stage_model.factor, []
+    for start in tqdm(range(0, len(prompts), batch), f"guidance {scale}", leave=False):
+        part = prompts[start : start + batch]
+        shape = [model.channels, side, side]
+        x_T = noise_stream(0, range(start, start + len(part)), shape)().to(model.device)
+        guidance = {"unconditional_guidance_scale": scale,
+                    "unconditional_conditioning": model.get_learned_conditioning([""])}
+        latents, _ = DPMSolverSampler(model).sample(
+            steps, len(part), shape, model.get_learned_conditioning(part), x_T=x_T, verbose=False, **guidance)
+        pictures.append(to_uint8(model.decode_first_stage(latents)).cpu())
+    return torch.cat(pictures)
+
+
+def nearest_is_right(clip, images, captions):
+    """Share of pictures whose nearest caption is the one of the same number."""
+    cosines = clip.images([Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]) @ clip.texts(captions).T
+    return (cosines.argmax(1) == torch.arange(len(images))).float().mean().item()
+
+
+def write_zeroshot(pictures, folder):
+    """The held-back pictures of each vendor in the layout of hw2_data/clip_zeroshot."""
+    for v, vendor in enumerate(pictures.vendors):
+        rows = [r for r in pictures.rows("val").tolist() if pictures.vendor[r] == v]
+        if not rows:
+            continue
+        out = pathlib.Path(folder) / vendor.lower().replace(" ", "_")
+        output_folder(out / "val")
+        names = {i: pictures.subjects[pictures.subject[r]] for i, r in enumerate(rows)}
+        (out / "id2label.json").write_text(json.dumps(names))
+        for i, r in enumerate(rows):
+            save_png(pictures.images[r], out / "val" / f"{i}_0.png")
+        print(f"wrote {len(rows)} pictures of {vendor} to {out}")
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--data", default="runs/emoji", help="folder of emoji.npz and emoji.json")
+    option("--ckpt", default=str(CHECKPOINTS / "tiny.ckpt"))
+    option("--clip", default=str(CHECKPOINTS / "tiny_clip.pt"))
+    option("--count", type=int, default=200)
+    option("--steps", type=int, default=25)
+    option("--scales", type=float, nargs="+", default=[1.0, 2.0, 4.0, 7.5])
+    option("--no-fid", action="store_true")
+    option("--out", help="also write the table to this file")
+    option("--picture", metavar="FILE", help="real pictures above generated ones, at the third scale or the last")
+    option("--zeroshot", metavar="DIR", help="only writes the held-back pictures for p3_clip_zeroshot.py")
+    add_device_options(parser)
+    return parser.parse_args(argv)
+
+
+@cli
+def main(argv=None):
+    args = parse(argv)
+    pictures, device = Pictures(args.data), pick_device(args.device)
+    if args.zeroshot:
+        return write_zeroshot(pictures, args.zeroshot)
+    rows = pictures.rows("val")[: args.count]
+    real, captions = pictures.images[rows], [pictures.caption(r) for r in rows]
+    clip = load_clip(args.clip, device)
+    model = load_stable_diffusion(args.ckpt, device, pick_precision(args.precision, device))
+    features = None if args.no_fid else Inception(device)
+    told = None if args.no_fid else features(real)
+    lines = [f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {torch.get_num_threads()} threads, torch "
+             f"{torch.__version__}; {len(rows)} held-back pairs, {args.steps} steps", "",
+             "| | guidance | nearest caption is right | FID | s a picture |", "|---|---|---|---|---|",
+             f"| real | | {nearest_is_right(clip, real, captions):.3f} | | |"]
+    for n, scale in enumerate(args.scales):
+        begin = time.time()
+        made = generate(model, captions, scale, args.steps)
+        seconds = (time.time() - begin) / len(made)
+        fid = "-" if args.no_fid else f"{frechet_distance(features(made), told):.1f}"
+        lines.append(f"| ours | {scale:g} | {nearest_is_right(clip, made, captions):.3f} | {fid} | {seconds:.2f} |")
+        if args.picture and n == min(2, len(args.scales) - 1):
+            pairs = [x[i : i + 12] for i in (0, 12) for x in (real, made)]
+            save_png(image_grid(torch.cat(pairs), 12), args.picture)
+    print("\n".join(lines))
+    if args.out:
+        pathlib.Path(args.out).write_text("\n".join(lines) + "\n")
+        print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
