@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash demo.sh: sets up .venv, generates the 1,000 digits of Problem 1 into output/, grades them, draws a grid of each domain.
+# bash demo.sh: sets up .venv, generates the 1,000 digits of Problem 1 into output/, grades them, draws them; then faces.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . ./setup.sh
@@ -13,3 +13,7 @@ say "grading output/"
 .venv/bin/python3 digit_classifier.py --folder output
 say "10 digits by 10 noises, and the reverse process"
 .venv/bin/python3 p1_infer.py --grid output/grid.png --trajectory output/reverse.png
+
+say "Problem 2: ten faces, by eta, and between two noises"
+.venv/bin/python3 p2_ddim.py --make-noise output/noise --count 10 --size 64 --seed 0
+bash hw2_2.sh output/noise output/face checkpoints/p2_faces.pt --eta-grid output/eta.png --interpolate slerp --grid output/slerp.png

@@ -9,7 +9,8 @@ PATH="$PWD/.venv/bin:$PATH"
 command -v gdown >/dev/null || { echo "error: gdown is missing; pip install gdown" >&2; exit 2; }
 if ! gdown "$id" -O hw2_data.zip.tmp; then
     rm -f hw2_data.zip.tmp
-    echo "error: the course's drive could not be reached, or is closed; put the course's hw2_data folder here by hand" >&2
+    echo "error: the course's drive is closed or out of reach; put hw2_data here by hand, or build its digits from" \
+        "public sources: python3 tools/make_digits.py hw2_data/digits" >&2
     exit 2
 fi
 python3 -m zipfile -e hw2_data.zip.tmp . || { echo "error: hw2_data.zip.tmp is no whole zip; run this again" >&2; exit 2; }

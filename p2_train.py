@@ -148,7 +148,7 @@ def parse(argv):
     option("--size", type=int, default=64, help="height and width, a multiple of 32 (default: 64)")
     option("--channel", type=int, default=32, help="width of the largest map; 128 is the course's (default: 32)")
     option("--min-snr", type=float, default=5.0, help="gamma of the min-SNR loss weight; 0 = none (default: 5)")
-    add_training_options(parser, out="runs/p2", steps=12000, batch_size=32, lr=6e-4, ema=0.999)
+    add_training_options(parser, out="runs/p2", steps=7500, batch_size=32, lr=6e-4, ema=0.999)
     args = parser.parse_args(argv)
     if args.size < 32 or args.size % 32:
         raise UserError(f"--size {args.size}: take a multiple of 32")
