@@ -196,10 +196,9 @@ def read_state_dict(path):
 def load_weights(model, stored, path, device="cpu", dtype=torch.float32):
     """Puts read_state_dict(path) into a LatentDiffusion, one tensor at a time, and moves it to `device`.
 
-    U-Net and autoencoder become `dtype`, with convolutions in channels_last; the rest keeps its own precision. What the
-    file has beyond the model (averaged copies, losses) is left out. A small file may hold only the embeddings of the
-    words that its model knows, with their ids in `known_words`: all others get the mean embedding. ModelError where it
-    lacks a weight, or one has another shape.
+    U-Net and autoencoder become `dtype`, convolutions in channels_last; the rest keeps its own precision. What the file
+    has beyond the model is left out; where it has the embeddings of `known_words` alone, all other words get their
+    mean. ModelError where it lacks a weight, or one has another shape.
     """
     own = model.state_dict(keep_vars=True)
     text = "cond_stage_model.transformer."

@@ -1,0 +1,119 @@
+"""Adaptation in one table: accuracy on the target's validation images by scenario, training and seed.
+
+    python3 benchmarks/p4.py --data hw2_data/digits --runs runs/p4 --out table.md
+    python3 benchmarks/p4.py --target svhn --mode dann --seeds 0 -- --norm batch --steps 3000
+
+Trains with p4_train.py what is not finished in --runs (an interrupted run goes on where it stopped), then prints mean,
+lowest and highest of the seeds. What follows "--" goes to every training; take other --runs for it, since a finished
+run is not trained again. Accuracies are those of best.pt, chosen without target labels (p4_train.py says how), and in
+brackets those of the last epoch.
+"""
+from __future__ import annotations
+
+import argparse
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import torch
+
+from utils import UserError, cli, load_checkpoint, output_folder, pick_device
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TARGETS = {"svhn": "MNIST-M to SVHN", "usps": "MNIST-M to USPS"}
+MODES = {
+    "source": ("source only", ["--mode", "source"]),
+    "dann": ("DANN", ["--mode", "dann"]),
+    "refine": ("DANN, --refine", ["--mode", "dann", "--refine"]),
+    "target": ("target only", ["--mode", "target"]),
+}
+
+
+def trained(args, target, mode, seed):
+    """(best.pt, last.pt) of a run, after training it where it is not finished; raises UserError if that fails."""
+    out = pathlib.Path(args.runs) / f"{target}_{mode}_{seed}"
+    if not finished(out):
+        command = [sys.executable, str(ROOT / "p4_train.py"), "--data", args.data, "--out", str(out)]
+        command += ["--target", target, *MODES[mode][1], "--seed", str(seed), "--device", args.device, *args.options]
+        print(f"training {out}", file=sys.stderr)
+        if subprocess.run(command, stdout=sys.stderr).returncode or not finished(out):
+            raise UserError(f"{out}: its training stopped, as said above; the same command goes on from there")
+    return load_checkpoint(out / "best.pt"), load_checkpoint(out / "last.pt")
+
+
+def finished(out):
+    """Whether the run's last.pt is of its last step."""
+    last = load_checkpoint(out / "last.pt") if (out / "last.pt").is_file() else {"step": None, "config": {"steps": 0}}
+    return last["step"] == last["config"]["steps"]
+
+
+def spread(values):
+    """"mean (lowest-highest)" of fractions, in percent."""
+    percent = [100 * v for v in values]
+    mean = f"{statistics.mean(percent):.1f}"
+    return mean if len(percent) == 1 else f"{mean} ({min(percent):.1f}-{max(percent):.1f})"
+
+
+def row(args, mode):
+    """A line of the table: for each scenario the accuracy, that of the last epoch, and the minutes of a run."""
+    cells = []
+    for target in args.target:
+        runs = [trained(args, target, mode, seed) for seed in args.seeds]
+        best, last = ([run[i]["metrics"]["target_accuracy"] for run in runs] for i in (0, 1))
+        minutes = statistics.mean(run[1]["metrics"]["seconds"] for run in runs) / 60
+        cells += [f"**{spread(best)}** [{spread(last)}]", f"{minutes:.1f}"]
+    return f"| {MODES[mode][0]} | {' | '.join(cells)} |"
+
+
+def describe_machine(device):
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
+    return f"{time.strftime('%Y-%m-%d')}, {name}, torch {torch.__version__}"
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--data", default="hw2_data/digits")
+    option("--runs", default="runs/p4", help="folder of the runs, {target}_{mode}_{seed} (default: runs/p4)")
+    option("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    option("--mode", nargs="+", choices=list(MODES), default=list(MODES))
+    option("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    option("--device", default="auto")
+    option("--out", help="also write the table to this file")
+    option("options", nargs="*", metavar="-- OPTIONS", help="for p4_train.py")
+    return parser.parse_args(argv)
+
+
+@cli
+def main(argv=None):
+    args = parse(argv)
+    output_folder(args.runs)
+    titles = [t for target in args.target for t in (f"{TARGETS[target]}, %", "minutes")]
+    options = f", {' '.join(args.options)}" if args.options else ""
+    lines = [
+        f"{describe_machine(pick_device(args.device))}; {len(args.seeds)} seeds{options}",
+        "",
+        f"| training | {' | '.join(titles)} |",
+        "|---" * (1 + len(titles)) + "|",
+    ]
+    print("\n".join(lines))
+    for mode in args.mode:
+        lines.append(row(args, mode))
+        print(lines[-1], flush=True)
+    if args.out:
+        pathlib.Path(args.out).write_text("\n".join(lines) + "\n")
+        print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Reads the digits of a folder of pictures of SVHN or USPS, by a network trained without its labels (DANN).
+
+    python3 p4_infer.py hw2_data/digits/svhn/data output.csv
+    python3 p4_infer.py TARGET_IMAGE_DIR output.csv --target usps --mode source --gt hw2_data/digits/usps/val.csv
+
+output.csv has the header image_name,label and a row for each *.png, sorted by name. The scenario is told from the
+folder's path: the last component with svhn or usps in it. --gt prints the accuracy on the pictures that its csv names.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import pathlib
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from digits import read_csv, read_image
+from p4_model import load_digit_net, predict
+from utils import (
+    UserError,
+    add_device_options,
+    atomic,
+    autocast,
+    cli,
+    output_folder,
+    pick_device,
+    pick_precision,
+    reuse_freed_memory,
+)
+
+CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
+SCENARIOS = ("svhn", "usps")
+
+
+def scenario_of(folder):
+    """"svhn" or "usps": what the last telling component of the folder's path names; raises UserError."""
+    for part in reversed(pathlib.Path(folder).absolute().parts):
+        named = [s for s in SCENARIOS if s in part.lower()]
+        if len(named) == 1:
+            return named[0]
+    raise UserError(f"{folder}: its path has neither svhn nor usps in it; say --target svhn or --target usps")
+
+
+def read_folder(folder):
+    """(names, uint8 [N, 3, 28, 28]) of the folder's *.png, sorted by name; grey ones get three equal channels. Raises
+    UserError where there are none, or one cannot be read."""
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name the folder of the target's pictures")
+    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() == ".png" and not p.name.startswith("."))
+    if not paths:
+        raise UserError(f"{folder}: no *.png in it; name the folder of the target's pictures")
+    with ThreadPoolExecutor() as pool:
+        images = list(tqdm(pool.map(read_image, paths), total=len(paths), desc="reading", unit="picture"))
+    return [p.name for p in paths], torch.from_numpy(np.stack(images))
+
+
+def write_labels(path, names, labels):
+    path = pathlib.Path(path)
+    with atomic(path) as temporary, open(temporary, "w", newline="") as f:
+        rows = csv.writer(f, lineterminator="\n")
+        rows.writerow(["image_name", "label"])
+        rows.writerows(zip(names, labels))
+
+
+def accuracy(names, labels, gt):
+    """(right, known): how many labels agree with the csv, and how many of the pictures it names; raises UserError where
+    it names none."""
+    truth = dict(zip(*read_csv(gt)))
+    known = [(label, truth[name]) for name, label in zip(names, labels) if name in truth]
+    if not known:
+        raise UserError(f"{gt}: names none of the pictures; give the csv that belongs to the folder")
+    return sum(label == true for label, true in known), len(known)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("folder", metavar="TARGET_IMAGE_DIR", help="folder of 28x28 *.png, RGB or grey")
+    option("csv", metavar="OUTPUT_CSV")
+    option("--target", choices=SCENARIOS, help="the scenario (default: what the folder's path says)")
+    option("--mode", choices=["source", "dann", "target"], default="dann", help="the training (default: dann)")
+    option("--checkpoint", help="default: checkpoints/p4_{target}_{mode}.pt")
+    option("--gt", metavar="CSV", help="prints the accuracy on the pictures that it names")
+    option("--batch-size", type=int, default=500, help="changes the speed, not the labels (default: 500)")
+    add_device_options(parser)
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        raise UserError("--batch-size is at least 1")
+    return args
+
+
+@cli
+def main(argv=None):
+    args = parse(argv)
+    reuse_freed_memory()
+    device = pick_device(args.device)
+    dtype = pick_precision("fp32" if args.precision == "auto" else args.precision, device)  # the same labels anywhere
+    target = args.target or scenario_of(args.folder)
+    path = args.checkpoint or CHECKPOINTS / f"p4_{target}_{args.mode}.pt"
+    net, config = load_digit_net(path)
+    output_folder(pathlib.Path(args.csv).absolute().parent)
+    names, images = read_folder(args.folder)
+    with autocast(device, dtype):
+        options = {"device": device, "batch_size": args.batch_size, "progress": "digits"}
+        labels = predict(net.to(device), images, config["domain"], **options).tolist()
+    score = accuracy(names, labels, args.gt) if args.gt else None
+    write_labels(args.csv, names, labels)
+    if score:
+        print(f"accuracy {score[0] / score[1]:.4f} ({score[0]}/{score[1]})")
+    print(f"wrote {len(names)} labels ({target}, {args.mode}) to {args.csv}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
