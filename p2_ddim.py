@@ -187,10 +187,18 @@ def write_eta_sheet(sampler, noises, path):
 
 
 def write_interpolation(sampler, a, b, between, eta, path):
-    """One row, alpha 0 ... 1; with eta > 0 all its pictures draw the same noise, so that only alpha differs."""
+    """One row, alpha 0 ... 1; with eta > 0 all its pictures draw the same noise, so that only alpha differs.
+
+    Prints, for each alpha, the norm of the noise as a part of the first one's, and the contrast of the picture: the
+    standard deviation of its pixels, 0..255.
+    """
     noises = [between(a, b, alpha) for alpha in ALPHAS]
     pictures = torch.stack(list(sampler(noises, eta, between.__name__, [0] * len(noises))))
-    save_png(image_grid(to_uint8(pictures), columns=len(noises)), path)
+    pictures = to_uint8(pictures)
+    save_png(image_grid(pictures, columns=len(noises)), path)
+    norms, contrasts = [float(x.norm() / a.norm()) for x in noises], [float(x.float().std()) for x in pictures]
+    print(f"{between.__name__}: norms {' '.join(f'{n:.2f}' for n in norms)}")
+    print(f"{between.__name__}: contrasts {' '.join(f'{c:.0f}' for c in contrasts)}")
 
 
 def read_noises(folder):

@@ -241,7 +241,7 @@ def arguments():
     parser.add_argument("json", help="concepts and prompts")
     parser.add_argument("out", help="output folder")
     parser.add_argument("ckpt", help="sd-v1-4.ckpt, or another checkpoint that --config describes")
-    parser.add_argument("--embeddings", default=str(p3_model.ROOT / "embeddings"), help="also JSON/../embeddings")
+    parser.add_argument("--embeddings", default=str(p3_model.ROOT / "embeddings"), help="folder of learned ones")
     parser.add_argument("--images", type=int, default=25, help="pictures a prompt (default: 25, what the grader takes)")
     parser.add_argument("--steps", type=int, default=25, help="DPM-Solver++ steps (default: 25)")
     parser.add_argument("--scale", type=float, default=7.5, help="guidance scale (default: 7.5)")

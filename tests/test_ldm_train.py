@@ -14,7 +14,7 @@ clip = pytest.importorskip("clip")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "stable-diffusion"))
 
 import train  # noqa: E402
-from ldm.util import load_model  # noqa: E402
+from ldm.util import ModelError, load_model  # noqa: E402
 
 SUBJECTS = ["a red dot", "a green dot", "a blue dot", "a black box", "a white box", "an orange"]
 VENDORS = ["Noto", "Twemoji", "OpenMoji"]
@@ -67,6 +67,16 @@ def test_words_of_no_caption_get_the_mean_embedding_and_the_others_their_own(tra
     assert torch.equal(table[ids], rows)
     unknown = clip.tokenize("zebra")[0, 1]
     assert unknown not in ids and torch.equal(table[unknown], rows.mean(0))
+
+
+@pytest.mark.parametrize("ids", [[49408], [0, 1]])
+def test_ids_of_words_that_do_not_fit_are_one_line(trained, tmp_path, ids):
+    checkpoint = torch.load(trained / "model.ckpt")
+    rows = torch.zeros({1: 1, 2: 3}[len(ids)], 128)         # an id too large; more rows than ids
+    checkpoint["state_dict"].update({"known_words": torch.tensor(ids), train.TABLE: rows})
+    torch.save(checkpoint, tmp_path / "bad.ckpt")
+    with pytest.raises(ModelError, match="bad.ckpt: .*known_words do not fit"):
+        load_model(None, tmp_path / "bad.ckpt")
 
 
 def test_the_clip_builds_by_clip_load_and_its_text_tower_is_the_models_text_encoder(trained):

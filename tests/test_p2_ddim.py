@@ -140,6 +140,14 @@ def test_an_interpolation_begins_and_ends_with_the_two_pictures(unet, noise, tmp
         assert np.corrcoef(pixels(tmp_path / f"{stem}.png").ravel(), cell.ravel())[0, 1] > 0.999
 
 
+def test_an_interpolation_prints_the_norms_of_its_noises(unet, noise, tmp_path, capsys):
+    for how in ("slerp", "linear"):
+        run(noise, tmp_path, unet, "--steps", 10, "--interpolate", how, "--grid", tmp_path / "row.png")
+    lines = [line.split(": norms ")[1].split() for line in capsys.readouterr().out.splitlines() if ": norms " in line]
+    slerped, linear = ([float(x) for x in line] for line in lines)
+    assert min(slerped) > 0.95 and linear[5] == pytest.approx(0.71, abs=0.03) and linear[0] == 1
+
+
 def test_the_middle_of_a_slerp_is_the_picture_of_the_slerped_noise(unet, noise, tmp_path):
     a, b = (torch.load(noise / f"{stem}.pt") for stem in ("00", "01"))
     run(noise, tmp_path, unet, "--steps", 10, "--interpolate", "slerp", "--grid", tmp_path / "row.png")

@@ -195,19 +195,20 @@ def read_state_dict(path):
 
 def load_weights(model, stored, path, device="cpu", dtype=torch.float32):
     """Puts read_state_dict(path) into a LatentDiffusion, one tensor at a time, and moves it to `device`.
-
-    U-Net and autoencoder become `dtype`, convolutions in channels_last; the rest keeps its own precision. What the file
-    has beyond the model is left out; where it has the embeddings of `known_words` alone, all other words get their
+    U-Net and autoencoder become `dtype`, convolutions in channels_last; the rest keeps its precision. What the file has
+    beyond the model is left out; where it has embeddings of `known_words` alone (their ids, [n]), other words get their
     mean. ModelError where it lacks a weight, or one has another shape.
     """
     own = model.state_dict(keep_vars=True)
     text = "cond_stage_model.transformer."
     stored = {re.sub(rf"^{text}(?!text_model\.)", f"{text}text_model.", k): v for k, v in stored.items()}
     table, known = f"{text}text_model.embeddings.token_embedding.weight", stored.pop("known_words", None)
-    if known is not None:
+    if known is not None and table in stored:
         rows, known = load_tensor(stored.pop(table), table, path), load_tensor(known, "known_words", path)
-        own[table].data.copy_(rows.float().mean(0))[known] = rows.float()
-        own.pop(table)
+        try:
+            own.pop(table).data.copy_(rows.float().mean(0))[known] = rows.float()
+        except (IndexError, RuntimeError):
+            raise ModelError(f"{path}: {table} and known_words do not fit the model in this config") from None
     may_lack = set(model.schedule_names) | {k for k in own if k.endswith("position_ids")}
     for name, target in own.items():
         if name not in stored and name not in may_lack:

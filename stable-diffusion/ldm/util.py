@@ -52,9 +52,8 @@ def load_model(config, ckpt, device="cpu", dtype=torch.float32):
     """The model of a config with the weights of `ckpt`: frozen, in eval mode, on `device`. A config is a path, its
     OmegaConf, or None for the one in configs/stable-diffusion/ that the checkpoint names (if it names none, v1).
 
-    Network and autoencoder are in `dtype`, the text encoder in float32: its share of the time is small, and learned
-    embeddings want its precision. Weights go tensor by tensor from the file to their place: memory peaks at the model's
-    own size.
+    Network and autoencoder are in `dtype`, the text encoder in float32, which learned embeddings want. Weights go
+    tensor by tensor from the file to their place: memory peaks at the model's own size.
     """
     from ldm.checkpoint import load_weights, read_checkpoint, read_state_dict
 
