@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
-import platform
 import sys
 import time
 
@@ -27,6 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from fid import Inception, frechet_distance
+from table import add_out_option, describe_machine, save_table
 
 from classifiers import load_classifier, predict
 from diffusion import ddpm, run, schedule, timesteps
@@ -180,20 +180,6 @@ def neighbours(args, path):
     print(f"wrote {path}: rows samples, nearest of MNIST-M; samples, nearest of SVHN")
 
 
-def describe_machine(args):
-    cpu = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-        platform.machine(),
-    )
-    name = (
-        torch.cuda.get_device_name(args.device)
-        if args.device.type == "cuda"
-        else f"{cpu}, {torch.get_num_threads()} threads"
-    )
-    dtype = str(args.dtype).replace("torch.", "")
-    return f"{time.strftime('%Y-%m-%d')}, {name}, torch {torch.__version__}, {dtype}, batch {args.batch_size}"
-
-
 @cli
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -219,7 +205,7 @@ def main(argv=None):
     parser.add_argument("--no-fid", action="store_true")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--neighbours", metavar="FILE")
-    parser.add_argument("--out", help="also write the table to this file")
+    add_out_option(parser)
     add_device_options(parser)
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
@@ -235,7 +221,7 @@ def main(argv=None):
         return
     fid = None if args.no_fid else Fid(args)
     lines = [
-        describe_machine(args),
+        f"{describe_machine(args.device)}, {str(args.dtype).replace('torch.', '')}, batch {args.batch_size}",
         "",
         "| sampler | steps | guidance | at times | acc MNIST-M | acc SVHN | mean | FID | FID MNIST-M | FID SVHN "
         "| evaluations | s / 1,000 |",
@@ -252,9 +238,7 @@ def main(argv=None):
     for name, make, setting in jobs:
         lines.append(row(args, fid, name, make, setting))
         print(lines[-1], flush=True)
-    if args.out:
-        pathlib.Path(args.out).write_text("\n".join(lines) + "\n")
-        print(f"wrote {args.out}")
+    save_table(lines, args.out)
 
 
 if __name__ == "__main__":

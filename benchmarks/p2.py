@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import re
 import resource
 import subprocess
@@ -30,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import torch
+from table import add_out_option, describe_machine, save_table
 from torch.nn import functional as F
 
 import UNet as room
@@ -188,13 +188,8 @@ def row(args, variant, result, x, reference, slowest):
 
 
 def describe(args):
-    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    device = pick_device(args.device)
-    name = f"{(cpu or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
     pictures = f"{args.count} of {args.size}x{args.size}, {args.steps} steps, channel {args.channel}"
-    return f"{time.strftime('%Y-%m-%d')}, {name}, torch {torch.__version__}; {pictures}"
+    return f"{describe_machine(pick_device(args.device))}; {pictures}"
 
 
 @cli
@@ -208,7 +203,7 @@ def main(argv=None):
     option("--steps", type=int, default=50)
     option("--only", action="append", choices=[*VARIANTS, "ours fp16"], help="these variants (fp16 needs a GPU)")
     option("--device", default="auto")
-    option("--out", help="also write the table to this file")
+    add_out_option(parser)
     option("--worker", help=argparse.SUPPRESS)
     option("--pictures", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -231,9 +226,7 @@ def main(argv=None):
     plain_step = results["plain fp32"]["seconds"] / args.count / args.steps if "plain fp32" in results else None
     lines += [row(args, v, results[v], pictures[v], pictures.get("ours fp32"), plain_step) for v in variants]
     print("\n".join(lines))
-    if args.out:
-        pathlib.Path(args.out).write_text("\n".join(lines) + "\n")
-        print(f"wrote {args.out}")
+    save_table(lines, args.out)
 
 
 if __name__ == "__main__":

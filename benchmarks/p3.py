@@ -15,7 +15,6 @@ import importlib
 import json
 import os
 import pathlib
-import platform
 import resource
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "stable-diffusion")]
 
 import torch  # noqa: E402
+from table import add_out_option, describe_machine, save_table  # noqa: E402
 
 from utils import UserError, cli, pick_device, reuse_freed_memory  # noqa: E402
 
@@ -141,14 +141,14 @@ def measure(opt):
 
 
 def table(results, exact):
-    """Markdown."""
+    """Lines of Markdown."""
     lines = ["| | precision | load, s | its peak, GiB | guided evaluation, s | decode, s | peak, GiB | eps off by |",
              "|---|---|---|---|---|---|---|---|"]
     for (who, precision), r in results.items():
         off = f"{float((r['eps'] - exact).abs().max() / exact.std()):.1e}"
         lines.append(f"| {WHO[who]} | {precision} | {r['load_s']:.1f} | {r['load_gib']:.2f} | {r['eval_s']:.2f} | "
                      f"{r['decode_s']:.2f} | {r['peak_gib']:.2f} | {off} |")
-    return "\n".join(lines)
+    return lines
 
 
 def parse_args():
@@ -161,7 +161,7 @@ def parse_args():
     parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU (default: torch's choice)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", help="folder for the checkpoint, kept and used again (default: a temporary one)")
-    parser.add_argument("--out", help="also write the table there")
+    add_out_option(parser)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -200,13 +200,11 @@ def main():
         if ("ours", "fp32") not in results:
             raise UserError("--who and --precision: ours in fp32 must be among them, to compare with")
         size = ckpt.stat().st_size / 2**30
-    text = (f"{platform.processor() or platform.machine()}, {opt.threads or os.cpu_count()} cores, {opt.device}, "
-            f"torch {torch.__version__}; checkpoint {size:.2f} GiB, {opt.size}x{opt.size}\n\n"
-            + table(results, results["ours", "fp32"]["eps"]))
-    print(text)
-    if opt.out:
-        pathlib.Path(opt.out).write_text(text + "\n")
-        print(f"wrote {opt.out}")
+    machine = describe_machine(pick_device(opt.device), opt.threads or os.cpu_count())
+    lines = [f"{machine}; checkpoint {size:.2f} GiB, {opt.size}x{opt.size}", "",
+             *table(results, results["ours", "fp32"]["eps"])]
+    print("\n".join(lines))
+    save_table(lines, opt.out)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
-import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import torch
+
+from table import add_out_option, describe_machine, save_table
 
 from utils import UserError, cli, load_checkpoint, output_folder, pick_device
 
@@ -70,16 +69,6 @@ def row(args, mode):
     return f"| {MODES[mode][0]} | {' | '.join(cells)} |"
 
 
-def describe_machine(device):
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
-    return f"{time.strftime('%Y-%m-%d')}, {name}, torch {torch.__version__}"
-
-
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
@@ -89,7 +78,7 @@ def parse(argv):
     option("--mode", nargs="+", choices=list(MODES), default=list(MODES))
     option("--seeds", nargs="+", type=int, default=[0, 1, 2])
     option("--device", default="auto")
-    option("--out", help="also write the table to this file")
+    add_out_option(parser)
     option("options", nargs="*", metavar="-- OPTIONS", help="for p4_train.py")
     return parser.parse_args(argv)
 
@@ -110,9 +99,7 @@ def main(argv=None):
     for mode in args.mode:
         lines.append(row(args, mode))
         print(lines[-1], flush=True)
-    if args.out:
-        pathlib.Path(args.out).write_text("\n".join(lines) + "\n")
-        print(f"wrote {args.out}")
+    save_table(lines, args.out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import sys
 import time
 
@@ -26,6 +25,7 @@ import torch
 from fid import Inception, frechet_distance
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from PIL import Image
+from table import add_out_option, describe_machine, save_table
 from tqdm import tqdm
 from train import Pictures
 
@@ -92,7 +92,7 @@ def parse(argv):
     option("--steps", type=int, default=25)
     option("--scales", type=float, nargs="+", default=[1.0, 2.0, 4.0, 7.5])
     option("--no-fid", action="store_true")
-    option("--out", help="also write the table to this file")
+    add_out_option(parser)
     option("--picture", metavar="FILE", help="real pictures above generated ones, at the third scale or the last")
     option("--zeroshot", metavar="DIR", help="only writes the held-back pictures for p3_clip_zeroshot.py")
     add_device_options(parser)
@@ -111,8 +111,7 @@ def main(argv=None):
     model = load_stable_diffusion(args.ckpt, device, pick_precision(args.precision, device))
     features = None if args.no_fid else Inception(device)
     told = None if args.no_fid else features(real)
-    lines = [f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {torch.get_num_threads()} threads, torch "
-             f"{torch.__version__}; {len(rows)} held-back pairs, {args.steps} steps", "",
+    lines = [f"{describe_machine(device)}; {len(rows)} held-back pairs, {args.steps} steps", "",
              "| | guidance | nearest caption is right | FID | s a picture |", "|---|---|---|---|---|",
              f"| real | | {nearest_is_right(clip, real, captions):.3f} | | |"]
     for n, scale in enumerate(args.scales):
@@ -125,9 +124,7 @@ def main(argv=None):
             pairs = [x[i : i + 12] for i in (0, 12) for x in (real, made)]
             save_png(image_grid(torch.cat(pairs), 12), args.picture)
     print("\n".join(lines))
-    if args.out:
-        pathlib.Path(args.out).write_text("\n".join(lines) + "\n")
-        print(f"wrote {args.out}")
+    save_table(lines, args.out)
 
 
 if __name__ == "__main__":

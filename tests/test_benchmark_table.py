@@ -1,0 +1,23 @@
+"""benchmarks/table.py: a benchmark's table as Markdown and as JSON."""
+import json
+import pathlib
+import sys
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from table import describe_machine, save_table  # noqa: E402
+
+LINES = ["today, a CPU", "", "| | steps | FID |", "|---|---|---|", "| real | | 63.3 |", "| **ours** | 16 | 75.9 [76] |"]
+
+
+def test_json_holds_the_cells_by_their_column_and_markdown_the_lines(tmp_path):
+    save_table(LINES, [tmp_path / "new" / "t.json", tmp_path / "t.md"])
+    assert json.loads((tmp_path / "new" / "t.json").read_text()) == {"measured": "today, a CPU", "rows": [
+        {"": "real", "steps": "", "FID": "63.3"}, {"": "ours", "steps": "16", "FID": "75.9 [76]"}]}
+    assert (tmp_path / "t.md").read_text() == "\n".join(LINES) + "\n"
+
+
+def test_the_machine_is_told_with_its_threads():
+    assert ", 7 threads, torch " in describe_machine(torch.device("cpu"), 7)
