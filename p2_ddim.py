@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import pathlib
 import sys
 
@@ -58,7 +59,7 @@ def parse(argv=None):
     option("--eta-grid", metavar="FILE", help="also a sheet: rows eta 0, 0.25 ... 1, columns the first four noises")
     option("--interpolate", choices=["slerp", "linear"], help="also a sheet, --grid: one row, alpha 0, 0.1 ... 1")
     option("--between", nargs=2, default=["00", "01"], metavar="STEM", help="its two ends (default: 00 01)")
-    option("--grid", metavar="FILE", help="where --interpolate writes")
+    option("--grid", metavar="FILE", help="where --interpolate writes; norms and contrasts beside it, as .json")
     option("--batch-size", type=int, help="pictures at a time (default: what fits the memory)")
     option("--make-noise", metavar="DIR", help="only writes noise files, DIR/00.pt ...")
     option("--count", type=int, default=10, help="how many (default: 10)")
@@ -107,7 +108,7 @@ def main(argv=None):
         write_eta_sheet(sampler, list(noises.values())[:4], sheets[0])
     if args.interpolate:
         a, b = (noises[stem] for stem in args.between)
-        write_interpolation(sampler, a, b, {"slerp": slerp, "linear": lerp}[args.interpolate], args.eta, sheets[-1])
+        write_interpolation(sampler, a, b, args.interpolate, args.eta, sheets[-1])
     wrote = f"wrote {len(noises)} pictures to {out}" + "".join(f" and {sheet}" for sheet in sheets)
     if not truths:
         print(wrote)
@@ -186,19 +187,22 @@ def write_eta_sheet(sampler, noises, path):
     save_png(image_grid(torch.cat(rows), columns=len(noises)), path)
 
 
-def write_interpolation(sampler, a, b, between, eta, path):
+def write_interpolation(sampler, a, b, kind, eta, path):
     """One row, alpha 0 ... 1; with eta > 0 all its pictures draw the same noise, so that only alpha differs.
 
-    Prints, for each alpha, the norm of the noise as a part of the first one's, and the contrast of the picture: the
-    standard deviation of its pixels, 0..255.
+    Prints, and writes beside it as JSON, for each alpha the norm of the noise as a part of the first one's, and the
+    contrast of the picture: the standard deviation of its pixels, 0..255.
     """
-    noises = [between(a, b, alpha) for alpha in ALPHAS]
-    pictures = torch.stack(list(sampler(noises, eta, between.__name__, [0] * len(noises))))
+    noises = [{"slerp": slerp, "linear": lerp}[kind](a, b, alpha) for alpha in ALPHAS]
+    pictures = torch.stack(list(sampler(noises, eta, kind, [0] * len(noises))))
     pictures = to_uint8(pictures)
     save_png(image_grid(pictures, columns=len(noises)), path)
-    norms, contrasts = [float(x.norm() / a.norm()) for x in noises], [float(x.float().std()) for x in pictures]
-    print(f"{between.__name__}: norms {' '.join(f'{n:.2f}' for n in norms)}")
-    print(f"{between.__name__}: contrasts {' '.join(f'{c:.0f}' for c in contrasts)}")
+    told = {"alphas": ALPHAS, "norms": [round(float(x.norm() / a.norm()), 2) for x in noises],
+            "contrasts": [round(float(x.float().std())) for x in pictures]}
+    with atomic(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(told) + "\n")
+    for name in ("norms", "contrasts"):
+        print(f"{kind}: {name} {' '.join(map(str, told[name]))}")
 
 
 def read_noises(folder):

@@ -4,7 +4,8 @@
     python3 p4_infer.py TARGET_IMAGE_DIR output.csv --target usps --mode source --gt hw2_data/digits/usps/val.csv
 
 output.csv has the header image_name,label and a row for each *.png, sorted by name. The scenario is told from the
-folder's path: the last component with svhn or usps in it. --gt prints the accuracy on the pictures that its csv names.
+folder's path: the last component with svhn or usps in it. --gt prints the accuracy on the pictures that its csv names;
+where that is the train.csv of p4_train.py, --held-back takes those of them that it did not train on.
 """
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from digits import read_csv, read_image
-from p4_model import load_digit_net, predict
+from digits import is_validation, read_csv, read_image
+from p4_model import HELD_BACK, load_digit_net, predict
 from utils import (
     UserError,
     add_device_options,
@@ -67,10 +68,10 @@ def write_labels(path, names, labels):
         rows.writerows(zip(names, labels))
 
 
-def accuracy(names, labels, gt):
-    """(right, known): how many labels agree with the csv, and how many of the pictures it names; raises UserError where
-    it names none."""
-    truth = dict(zip(*read_csv(gt)))
+def accuracy(names, labels, gt, fraction=1.0):
+    """(right, known): how many labels agree with the csv, and how many of the pictures it names, of those that belong
+    to the held-back `fraction`; raises UserError where it names none."""
+    truth = {name: label for name, label in zip(*read_csv(gt)) if is_validation(name, fraction)}
     known = [(label, truth[name]) for name, label in zip(names, labels) if name in truth]
     if not known:
         raise UserError(f"{gt}: names none of the pictures; give the csv that belongs to the folder")
@@ -86,9 +87,12 @@ def parse(argv):
     option("--mode", choices=["source", "dann", "target"], default="dann", help="the training (default: dann)")
     option("--checkpoint", help="default: checkpoints/p4_{target}_{mode}.pt")
     option("--gt", metavar="CSV", help="prints the accuracy on the pictures that it names")
+    option("--held-back", action="store_true", help="only on those that p4_train.py holds back of a train.csv")
     option("--batch-size", type=int, default=500, help="changes the speed, not the labels (default: 500)")
     add_device_options(parser)
     args = parser.parse_args(argv)
+    if args.held_back and not args.gt:
+        raise UserError("--held-back: of what? add --gt with a train.csv")
     if args.batch_size < 1:
         raise UserError("--batch-size is at least 1")
     return args
@@ -108,7 +112,8 @@ def main(argv=None):
     with autocast(device, dtype):
         options = {"device": device, "batch_size": args.batch_size, "progress": "digits"}
         labels = predict(net.to(device), images, config["domain"], **options).tolist()
-    score = accuracy(names, labels, args.gt) if args.gt else None
+    fraction = HELD_BACK[target] if args.held_back else 1.0
+    score = accuracy(names, labels, args.gt, fraction) if args.gt else None
     write_labels(args.csv, names, labels)
     if score:
         print(f"accuracy {score[0] / score[1]:.4f} ({score[0]}/{score[1]})")

@@ -3,10 +3,10 @@
     python3 benchmarks/p4.py --data hw2_data/digits --runs runs/p4 --out table.md
     python3 benchmarks/p4.py --target svhn --mode dann --seeds 0 -- --norm batch --steps 3000
 
-Trains with p4_train.py what is not finished in --runs (an interrupted run goes on where it stopped), then prints mean,
-lowest and highest of the seeds. What follows "--" goes to every training; take other --runs for it, since a finished
+Trains with p4_train.py what is not finished in --runs (an interrupted run goes on where it stopped), then prints the
+mean and each of the seeds. What follows "--" goes to every training; take other --runs for it, since a finished
 run is not trained again. Accuracies are those of best.pt, chosen without target labels (p4_train.py says how), and in
-brackets those of the last epoch.
+brackets the mean of the last epoch's.
 """
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def finished(out):
 
 
 def spread(values):
-    """"mean (lowest-highest)" of fractions, in percent."""
+    """"mean (each)" of fractions, in percent."""
     percent = [100 * v for v in values]
     mean = f"{statistics.mean(percent):.1f}"
-    return mean if len(percent) == 1 else f"{mean} ({min(percent):.1f}-{max(percent):.1f})"
+    return mean if len(percent) == 1 else f"{mean} ({', '.join(f'{p:.1f}' for p in percent)})"
 
 
 def row(args, mode):
@@ -65,7 +65,7 @@ def row(args, mode):
         runs = [trained(args, target, mode, seed) for seed in args.seeds]
         best, last = ([run[i]["metrics"]["target_accuracy"] for run in runs] for i in (0, 1))
         minutes = statistics.mean(run[1]["metrics"]["seconds"] for run in runs) / 60
-        cells += [f"**{spread(best)}** [{spread(last)}]", f"{minutes:.1f}"]
+        cells += [f"{spread(best)} [{100 * statistics.mean(last):.1f}]", f"{minutes:.1f}"]
     return f"| {MODES[mode][0]} | {' | '.join(cells)} |"
 
 

@@ -7,6 +7,13 @@ with other subjects): the share of pictures whose nearest caption of the 200, by
 Frechet inception distance to the real held-back pictures; a row for the real ones and for each guidance scale.
 --picture shows two dozen of them under the real ones. --zeroshot DIR writes the held-back pictures of each vendor as
 p3_clip_zeroshot.py reads them, DIR/{vendor}/val and id2label.json.
+
+    python3 benchmarks/tiny.py --data runs/emoji --inversion tiny/textual_inversion/input.json --picture inversion.png
+
+scores, for each prompt of the JSON, the best plain words in the token's place (of the seen subjects nearest to the
+source pictures, or of the seen styles) as the grader does, which is what the JSON's baselines are, and beside it the
+learned token of the JSON's embeddings/. A row of the picture is a prompt: four of the sources, four pictures by the best
+words, four by the learned token.
 """
 from __future__ import annotations
 
@@ -26,11 +33,15 @@ from fid import Inception, frechet_distance
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from PIL import Image
 from table import add_out_option, describe_machine, save_table
+from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 from train import Pictures
 
-from p3_clip import load_clip
-from p3_model import load_stable_diffusion, own_size
+from concepts import image_files, open_image, read_concepts
+from p3_clip import best_fifth, image_scores, load_clip, text_scores
+from p3_invert import kind_of
+from p3_model import generate as make_pictures
+from p3_model import learned_tokens, load_embeddings, load_stable_diffusion, own_size
 from utils import (
     add_device_options,
     cli,
@@ -82,6 +93,60 @@ def write_zeroshot(pictures, folder):
         print(f"wrote {len(rows)} pictures of {vendor} to {out}")
 
 
+# ------------------------------------------------------------------------------------------------ Textual Inversion
+
+
+def plain_words(pictures, clip, concept, sources, count=8):
+    """What a prompt could say for the token: the seen styles, or the seen subjects nearest to the source pictures."""
+    train = pictures.rows("train")
+    if kind_of(concept) == "style":
+        return [pictures.vendors[v] for v in pictures.vendor[train].unique()]
+    names = [pictures.subjects[s] for s in pictures.subject[train].unique()]
+    cosines = (clip.texts([f"a photo of {n}" for n in names]) @ sources.T).mean(1)
+    return [names[i] for i in cosines.topk(count).indices]
+
+
+def spoken(prompt, token, word):
+    """The prompt with the word, which has its own article, for the token."""
+    return prompt.replace(f"a {token}", word).replace(token, word)
+
+
+def scored(model, clip, prompt, told, sources):
+    """(25 pictures of a prompt, uint8; the grader's image and text scores, rounded as they are printed)."""
+    made = make_pictures(model, prompt, range(25))
+    seen = clip.images([Image.fromarray(x.permute(1, 2, 0).numpy()) for x in made])
+    scores = best_fifth(image_scores(clip, seen, sources), text_scores(clip, seen, told))
+    return made, [round(x, 2) for x in scores]
+
+
+def inversion(model, clip, pictures, args):
+    """The table of plain words and learned tokens, as lines; draws --picture."""
+    path = pathlib.Path(args.inversion)
+    tokens, concepts = learned_tokens(model), read_concepts(path)
+    missing = load_embeddings(tokens, path.parent / "embeddings", [c.token for c in concepts])
+    lines = [f"{describe_machine(model.device)}; the best 5 of 25 pictures by {clip.name}", "",
+             "| prompt | best words | image | text | learned image | text |", "|---|---|---|---|---|---|"]
+    rows = []
+    for concept in concepts:
+        files = image_files(path.parent / concept.key)
+        sources, shown = clip.images(files), torch.stack([to_tensor(open_image(f)) for f in files])
+        words = plain_words(pictures, clip, concept, sources)
+        for prompt, told in zip(concept.prompts, concept.eval_prompts):
+            tried = [(spoken(prompt, concept.token, w), w) for w in words]
+            tried = [(*scored(model, clip, said, told, sources), w) for said, w in tqdm(tried, prompt, leave=False)]
+            best, (image, text), word = max(tried, key=lambda t: t[1][0] + 2.5 * t[1][1])
+            cells, row = [word, image, text, "-", "-"], [(shown * 255).byte()[:4], best[:4]]
+            if concept.token not in missing:
+                made, cells[3:] = scored(model, clip, prompt, told, sources)
+                row.append(made[:4])
+            rows += [*row, *[torch.full_like(best[:4], 255)] * (3 - len(row))]
+            lines.append(f"| {prompt.replace('<', '&lt;')} | {' | '.join(map(str, cells))} |")
+            print(lines[-1], file=sys.stderr)
+    if args.picture:
+        save_png(image_grid(torch.cat(rows), 12), args.picture)
+    return lines
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
@@ -95,6 +160,7 @@ def parse(argv):
     add_out_option(parser)
     option("--picture", metavar="FILE", help="real pictures above generated ones, at the third scale or the last")
     option("--zeroshot", metavar="DIR", help="only writes the held-back pictures for p3_clip_zeroshot.py")
+    option("--inversion", metavar="JSON", help="the concepts of a JSON: plain words beside learned tokens")
     add_device_options(parser)
     return parser.parse_args(argv)
 
@@ -109,6 +175,10 @@ def main(argv=None):
     real, captions = pictures.images[rows], [pictures.caption(r) for r in rows]
     clip = load_clip(args.clip, device)
     model = load_stable_diffusion(args.ckpt, device, pick_precision(args.precision, device))
+    if args.inversion:
+        lines = inversion(model, clip, pictures, args)
+        print("\n".join(lines))
+        return save_table(lines, args.out)
     features = None if args.no_fid else Inception(device)
     told = None if args.no_fid else features(real)
     lines = [f"{describe_machine(device)}; {len(rows)} held-back pairs, {args.steps} steps", "",

@@ -47,6 +47,7 @@ CAPTIONS = [
     "{subject}",
     "a picture in the style of {style}",
 ]
+SHARES = torch.tensor([4.0, 2, 2, 1, 2, 1])     # how often the diffusion model hears each
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -460,7 +461,7 @@ def train_diffusion(config, pictures, out, args):
 
     def make(n):
         i, variant = torch.randint(len(train), (n,)), torch.randint(spec.variants, (n,))
-        captions = [pictures.caption(train[k], int(torch.randint(len(CAPTIONS), ()))) for k in i]
+        captions = [pictures.caption(train[k], f) for k, f in zip(i, SHARES.multinomial(n, replacement=True))]
         dropped = torch.rand(n) < spec.drop
         return latents[variant, i], torch.stack([conds["" if d else c] for d, c in zip(dropped, captions)])
 

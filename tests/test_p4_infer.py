@@ -11,6 +11,7 @@ from test_digits import write_domain
 from test_p4_model import lively
 
 import p4_infer
+from digits import is_validation
 from p4_infer import scenario_of
 from p4_model import SOURCE, TARGET, load_digit_net, predict
 from utils import UserError, half, save_checkpoint
@@ -100,6 +101,18 @@ def test_gt_prints_the_accuracy_on_the_pictures_it_names(work, tmp_path, capsys)
         csv.writer(f).writerows([*lines, ["elsewhere.png", "3"]])
     infer(work / "svhn/data", tmp_path / "again.csv", "--gt", tmp_path / "gt.csv")
     assert "accuracy 0.9000 (36/40)" in capsys.readouterr().out
+
+
+def test_held_back_counts_only_what_training_never_sees(work, tmp_path, capsys):
+    infer(work / "svhn/data", tmp_path / "out.csv")
+    lines = rows(tmp_path / "out.csv")
+    kept = [line for line in lines[1:] if is_validation(line[0], 0.2)]
+    kept[0][1] = str((int(kept[0][1]) + 1) % 10)
+    with open(tmp_path / "gt.csv", "w", newline="") as f:
+        csv.writer(f).writerows(lines)
+    infer(work / "svhn/data", tmp_path / "again.csv", "--gt", tmp_path / "gt.csv", "--held-back")
+    assert 1 < len(kept) < len(lines) - 1
+    assert f"({len(kept) - 1}/{len(kept)})" in capsys.readouterr().out
 
 
 def test_hw2_4_sh_takes_a_folder_and_a_csv(work, tmp_path):
