@@ -12,8 +12,8 @@ p3_clip_zeroshot.py reads them, DIR/{vendor}/val and id2label.json.
 
 scores, for each prompt of the JSON, the best plain words in the token's place (of the seen subjects nearest to the
 source pictures, or of the seen styles) as the grader does, which is what the JSON's baselines are, and beside it the
-learned token of the JSON's embeddings/. A row of the picture is a prompt: four of the sources, four pictures by the best
-words, four by the learned token.
+learned token of the JSON's embeddings/. A row of the picture is a prompt: four of the sources, four pictures by the
+best words, four by the learned token.
 """
 from __future__ import annotations
 
