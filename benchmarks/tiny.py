@@ -140,7 +140,7 @@ def inversion(model, clip, pictures, args):
                 made, cells[3:] = scored(model, clip, prompt, told, sources)
                 row.append(made[:4])
             rows += [*row, *[torch.full_like(best[:4], 255)] * (3 - len(row))]
-            lines.append(f"| {prompt.replace('<', '&lt;')} | {' | '.join(map(str, cells))} |")
+            lines.append(f"| `{prompt}` | {' | '.join(map(str, cells))} |")
             print(lines[-1], file=sys.stderr)
     if args.picture:
         save_png(image_grid(torch.cat(rows), 12), args.picture)

@@ -1,0 +1,137 @@
+"""Makes hw2_report.pdf from report/report.typ, report/figures and report/numbers.
+
+    python3 report/make_report.py                           # what is missing is made first, by the project's scripts
+    python3 report/make_report.py --remake p2 p3 --data hw2_data --ckpt sd-v1-4.ckpt
+
+Every figure and every number comes out of a command of the table below; the text only names them. Where --data has the
+course's face/UNet.pt, or --ckpt is there, the figures of Problems 2 and 3 come from those, else from the small models
+that ship. Numbers that need trainings of hours (p4) resume what is in runs/.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from utils import UserError, atomic, cli  # noqa: E402
+
+HERE = ROOT / "report"
+FIGURES, NUMBERS, WORK = HERE / "figures", HERE / "numbers", ROOT / "runs/report"
+TINY = ROOT / "tiny/textual_inversion/input.json"
+TINY_CKPT, TINY_CLIP = ROOT / "checkpoints/tiny.ckpt", ROOT / "checkpoints/tiny_clip.pt"
+MULTI = "a <new1>, in the style of <new2>", "A <new1> next to a <new2>."
+
+
+def digits(args):
+    """Problem 1: grids and reverse processes; the table of samplers, steps and guidance scales."""
+    yield "p1_infer.py", "--grid", FIGURES / "p1_grid.png", "--trajectory", FIGURES / "p1_reverse.png"
+    judge = ["--classifier", args.classifier] if args.classifier else []
+    yield "benchmarks/p1.py", "--data", args.data / "digits", *judge, "--fid-images", 500, "--out", NUMBERS / "p1.json"
+
+
+def faces(args):
+    """Problem 2: by eta, between two noises, and the speed."""
+    noise, unet = args.data / "face/noise", args.data / "face/UNet.pt"
+    if not unet.is_file():
+        noise, unet = WORK / "noise", ROOT / "checkpoints/p2_faces.pt"
+        yield "p2_ddim.py", "--make-noise", noise, "--count", 4, "--size", 64
+    eta = ["--eta-grid", FIGURES / "p2_eta.png"]
+    for kind in ("slerp", "linear"):
+        sheet = ["--interpolate", kind, "--grid", FIGURES / f"p2_{kind}.png"]
+        yield "p2_ddim.py", noise, WORK / "faces", unet, *sheet, *eta
+        eta = []
+    yield "benchmarks/p2.py", "--steps", 20, "--out", NUMBERS / "p2.json"
+    write_json({"course": unet.parent.name == "face"}, NUMBERS / "p2_network.json")
+
+
+def text_to_image(args):
+    """Problem 3: zero-shot classification, Textual Inversion, two concepts in one prompt."""
+    course = args.data / "clip_zeroshot"
+    model = args.clip
+    if not model:
+        model, course = TINY_CLIP, WORK / "zeroshot/noto"
+        yield "benchmarks/tiny.py", "--data", args.emoji, "--zeroshot", WORK / "zeroshot"
+    yield "p3_clip_zeroshot.py", "--data", course, "--model", model, "--out", WORK / "answers"
+    shutil.copy(WORK / "answers/examples.png", FIGURES / "p3_zeroshot.png")
+    result = json.loads((WORK / "answers/zeroshot.json").read_text())
+    result["answers"] = [a for a in result["answers"] if not a["right"]][:5]
+    write_json({**result, "course": bool(args.clip)}, NUMBERS / "p3_zeroshot.json")
+    small = "benchmarks/tiny.py", "--data", args.emoji
+    yield (*small, "--picture", FIGURES / "tiny.png", "--out", NUMBERS / "tiny.json")
+    yield (*small, "--inversion", TINY, "--picture", FIGURES / "tiny_inversion.png",
+           "--out", NUMBERS / "tiny_inversion.json")
+    source = (args.data / "textual_inversion/input.json", args.ckpt) if args.ckpt else (TINY, TINY_CKPT)
+    yield ("p3_infer.py", source[0], WORK / "multi", source[1], "--prompt", MULTI[bool(args.ckpt)])
+    shutil.copy(WORK / "multi/prompt.png", FIGURES / "p3_multi.png")
+    write_json({"course": bool(args.ckpt), "prompt": MULTI[bool(args.ckpt)]}, NUMBERS / "p3_multi.json")
+
+
+def adaptation(args):
+    """The 2023 edition: DANN's table and t-SNE."""
+    yield "benchmarks/p4.py", "--data", args.data / "digits", "--out", NUMBERS / "p4.json"
+    yield "p4_tsne.py", "--data", args.data / "digits", FIGURES / "p4_tsne.png"
+
+
+PARTS = {
+    "p1": (digits, ["figures/p1_grid_mnistm.png", "figures/p1_grid_svhn.png", "figures/p1_reverse.png",
+                    "numbers/p1.json"]),
+    "p2": (faces, ["figures/p2_eta.png", "figures/p2_slerp.png", "figures/p2_slerp.json", "figures/p2_linear.png",
+                   "figures/p2_linear.json", "numbers/p2.json", "numbers/p2_network.json"]),
+    "p3": (text_to_image, ["figures/p3_zeroshot.png", "figures/tiny.png", "figures/tiny_inversion.png",
+                           "figures/p3_multi.png", "numbers/p3_zeroshot.json", "numbers/tiny.json",
+                           "numbers/tiny_inversion.json", "numbers/p3_multi.json"]),
+    "p4": (adaptation, ["figures/p4_tsne.png", "numbers/p4.json"]),
+}
+
+
+def write_json(content, path):
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def run(command):
+    command = [sys.executable, *map(str, command)]
+    print("$", " ".join(command[1:]), file=sys.stderr)
+    if subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode:
+        raise UserError(f"{command[1]}: failed, as said above; without it the report lacks a figure")
+
+
+@cli
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=str(ROOT / "hw2_report.pdf"))
+    parser.add_argument("--remake", nargs="+", choices=list(PARTS), default=[], help="make these anew")
+    parser.add_argument("--data", type=pathlib.Path, default=ROOT / "hw2_data", help="the course's data")
+    parser.add_argument("--classifier", help="the course's Classifier.pth (default: ours)")
+    parser.add_argument("--emoji", default=ROOT / "runs/emoji", help="what tools/make_emoji_dataset.py wrote")
+    parser.add_argument("--ckpt", help="sd-v1-4.ckpt, with learned embeddings in embeddings/ (default: the small model)")
+    parser.add_argument("--clip", help="ViT-B/32 or its file, for zero-shot (default: the small CLIP)")
+    args = parser.parse_args(argv)
+    args.data = args.data.resolve()
+    try:
+        import typst
+    except ModuleNotFoundError:
+        raise UserError("the report is typeset by typst; `pip install typst`") from None
+    for folder in (FIGURES, NUMBERS, WORK):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, (make, files) in PARTS.items():
+        if name in args.remake or not all((HERE / f).is_file() for f in files):
+            for command in make(args):
+                run(command)
+    try:
+        pdf = typst.compile(str(HERE / "report.typ"), root=str(ROOT))
+    except typst.TypstError as e:
+        raise UserError(f"report/report.typ: {e}") from None
+    with atomic(pathlib.Path(args.out)) as temporary:
+        temporary.write_bytes(pdf)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
