@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash demo.sh: sets up .venv, generates the 1,000 digits of Problem 1 into output/, grades them, draws them; then faces.
+# bash demo.sh: sets up .venv, generates the 1,000 digits of Problem 1 into output/, grades them, draws them; then faces, then Problem 3 in small.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . ./setup.sh
@@ -17,3 +17,11 @@ say "10 digits by 10 noises, and the reverse process"
 say "Problem 2: ten faces, by eta, and between two noises"
 .venv/bin/python3 p2_ddim.py --make-noise output/noise --count 10 --size 64 --seed 0
 bash hw2_2.sh output/noise output/face checkpoints/p2_faces.pt --eta-grid output/eta.png --interpolate slerp --grid output/slerp.png
+
+say "Problem 3 in small: 25 pictures a prompt with two learned tokens, graded; zero-shot classification"
+bash hw2_3.sh tiny/textual_inversion/input.json output/p3 checkpoints/tiny.ckpt
+.venv/bin/python3 evaluation/grade_hw2_3.py --json_path tiny/textual_inversion/input.json \
+    --input_dir tiny/textual_inversion --output_dir output/p3 --clip checkpoints/tiny_clip.pt
+.venv/bin/python3 p3_clip_zeroshot.py --data tiny/clip_zeroshot --model checkpoints/tiny_clip.pt --out output/zeroshot
+.venv/bin/python3 p3_infer.py tiny/textual_inversion/input.json output checkpoints/tiny.ckpt --prompt "a <new1>, in the style of <new2>"
+say "look at output/: grid_*.png, reverse.png, eta.png, slerp.png, p3/, zeroshot/examples.png, prompt.png"

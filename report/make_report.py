@@ -52,12 +52,8 @@ def faces(args):
 
 def text_to_image(args):
     """Problem 3: zero-shot classification, Textual Inversion, two concepts in one prompt."""
-    course = args.data / "clip_zeroshot"
-    model = args.clip
-    if not model:
-        model, course = TINY_CLIP, WORK / "zeroshot/noto"
-        yield "benchmarks/tiny.py", "--data", args.emoji, "--zeroshot", WORK / "zeroshot"
-    yield "p3_clip_zeroshot.py", "--data", course, "--model", model, "--out", WORK / "answers"
+    data, model = (args.data, args.clip) if args.clip else (ROOT / "tiny", TINY_CLIP)
+    yield "p3_clip_zeroshot.py", "--data", data / "clip_zeroshot", "--model", model, "--out", WORK / "answers"
     shutil.copy(WORK / "answers/examples.png", FIGURES / "p3_zeroshot.png")
     result = json.loads((WORK / "answers/zeroshot.json").read_text())
     result["answers"] = [a for a in result["answers"] if not a["right"]][:5]
@@ -110,7 +106,7 @@ def main(argv=None):
     parser.add_argument("--data", type=pathlib.Path, default=ROOT / "hw2_data", help="the course's data")
     parser.add_argument("--classifier", help="the course's Classifier.pth (default: ours)")
     parser.add_argument("--emoji", default=ROOT / "runs/emoji", help="what tools/make_emoji_dataset.py wrote")
-    parser.add_argument("--ckpt", help="sd-v1-4.ckpt, with learned embeddings in embeddings/ (default: the small model)")
+    parser.add_argument("--ckpt", help="sd-v1-4.ckpt, its tokens in embeddings/ (default: the small model)")
     parser.add_argument("--clip", help="ViT-B/32 or its file, for zero-shot (default: the small CLIP)")
     args = parser.parse_args(argv)
     args.data = args.data.resolve()
