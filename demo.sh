@@ -22,6 +22,7 @@ say "Problem 3 in small: 25 pictures a prompt with two learned tokens, graded; z
 bash hw2_3.sh tiny/textual_inversion/input.json output/p3 checkpoints/tiny.ckpt
 .venv/bin/python3 evaluation/grade_hw2_3.py --json_path tiny/textual_inversion/input.json \
     --input_dir tiny/textual_inversion --output_dir output/p3 --clip checkpoints/tiny_clip.pt
-.venv/bin/python3 p3_clip_zeroshot.py --data tiny/clip_zeroshot --model checkpoints/tiny_clip.pt --out output/zeroshot
+.venv/bin/python3 p3_clip_zeroshot.py --data tiny/clip_zeroshot --model checkpoints/tiny_clip.pt \
+    --prompt "a photo of {object}" --out output/zeroshot
 .venv/bin/python3 p3_infer.py tiny/textual_inversion/input.json output checkpoints/tiny.ckpt --prompt "a <new1>, in the style of <new2>"
 say "look at output/: grid_*.png, reverse.png, eta.png, slerp.png, p3/, zeroshot/examples.png, prompt.png"

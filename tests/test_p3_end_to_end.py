@@ -1,0 +1,91 @@
+"""Problem 3 from end to end on the small Stable Diffusion that ships: real pictures, real words, real scores."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+pytest.importorskip("clip")
+sys.path.insert(0, str(ROOT / "evaluation"))
+
+from grade_hw2_3 import grade  # noqa: E402
+
+from concepts import image_files, read_concepts  # noqa: E402
+from p3_clip import image_scores, load_clip, text_scores  # noqa: E402
+from p3_model import generate, learned_tokens, load_embeddings, load_stable_diffusion  # noqa: E402
+
+CKPT, CLIP = ROOT / "checkpoints/tiny.ckpt", ROOT / "checkpoints/tiny_clip.pt"
+TASK = ROOT / "tiny/textual_inversion"
+SEEN = ["a red heart", "a rocket", "a slice of pizza", "a pumpkin", "a snowman", "a frog", "a banana", "an umbrella"]
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return load_clip(str(CLIP), "cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = load_stable_diffusion(str(CKPT), torch.device("cpu"), torch.float32)
+    tokens = learned_tokens(model)
+    assert load_embeddings(tokens, TASK / "embeddings", ["<new1>", "<new2>"]) == []
+    return model
+
+
+def draw(model, prompt, count=4, **options):
+    pictures = generate(model, prompt, range(count), steps=12, **options)
+    return [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures]
+
+
+def test_a_prompt_draws_its_own_subject(model, clip):
+    captions = [f"{s}, in the style of Noto" for s in SEEN]
+    pictures = [draw(model, c, 1)[0] for c in captions]
+    nearest = (clip.images(pictures) @ clip.texts(captions).T).argmax(1)
+    assert (nearest == torch.arange(len(SEEN))).sum() >= 6
+
+
+def test_a_prompt_draws_its_own_style(model, clip):
+    styles = ["Noto", "Twemoji", "OpenMoji", "Fluent 3D", "Fluent flat"]
+    captions = [f"a rocket, in the style of {s}" for s in styles]
+    pictures = [draw(model, c, 1)[0] for c in captions]
+    nearest = (clip.images(pictures) @ clip.texts(captions).T).argmax(1)
+    assert (nearest == torch.arange(len(styles))).sum() >= 4
+
+
+def test_without_guidance_the_text_is_followed_less(model, clip):
+    prompt = "a rocket, in the style of Noto"
+    guided, free = (text_scores(clip, draw(model, prompt, 8, scale=s), prompt).mean() for s in (4.0, 1.0))
+    assert guided > free
+
+
+@pytest.mark.parametrize("key", ["0", "1"])
+def test_a_learned_token_draws_more_of_its_sources_than_its_plain_word(model, clip, key):
+    concept = next(c for c in read_concepts(TASK / "input.json") if c.key == key)
+    sources = clip.images(image_files(TASK / key))
+    learned, plain = (image_scores(clip, draw(model, p[0], 8), sources).mean()
+                      for p in (concept.prompts, concept.eval_prompts))
+    assert learned > plain
+
+
+def test_hw2_3_sh_writes_pictures_that_the_grader_passes(clip, tmp_path, capsys):
+    task = json.loads((TASK / "input.json").read_text())
+    for entry in task.values():
+        for name in ("prompt", "prompt_4_clip_eval", "baseline"):
+            entry[name] = entry[name][:1]
+    (tmp_path / "input.json").write_text(json.dumps(task))
+    command = ["bash", ROOT / "hw2_3.sh", tmp_path / "input.json", tmp_path / "out", CKPT, "--steps", "12"]
+    done = subprocess.run([*command, "--embeddings", TASK / "embeddings"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "wrote 50 pictures" in done.stdout
+    assert grade(read_concepts(tmp_path / "input.json"), TASK, tmp_path / "out", clip) == (2, 2)
+
+
+def test_zero_shot_classification_is_far_above_chance(tmp_path):
+    command = [sys.executable, ROOT / "p3_clip_zeroshot.py", "--data", ROOT / "tiny/clip_zeroshot", "--model", CLIP]
+    done = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "zeroshot.json").read_text())
+    assert result["images"] == len(result["per_class"]) == 52 and result["accuracy"] > 0.5
