@@ -2,6 +2,7 @@
 # bash demo.sh: sets up .venv, generates the 1,000 digits of Problem 1 into output/, grades them, draws them; then faces, then Problem 3 in small.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+[ $# -eq 0 ] || { echo "usage: bash demo.sh" >&2; exit 2; }
 . ./setup.sh
 
 set_up requirements.txt

@@ -4,9 +4,6 @@
 # More options may follow: python3 p3_infer.py --help
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-if [ $# -lt 3 ]; then
-    echo "usage: bash hw2_3.sh JSON OUT MODEL_CKPT" >&2
-    exit 2
-fi
+[ $# -ge 3 ] || [ "${1:-}" = --help ] || { echo "usage: bash hw2_3.sh JSON OUT MODEL_CKPT" >&2; exit 2; }
 PATH="$here/.venv/bin:$PATH"            # the environment of demo.sh where there is one, else the caller's python3
 exec python3 "$here/p3_infer.py" --train-missing --time-limit 840 "$@"

@@ -46,5 +46,6 @@ case "${1:-}" in
         done < checkpoints/SHA256SUMS
         ;;
     --sd) ensure "$sd_file" "$sd_sum" "$sd_url" "set SD_CKPT_URL to a mirror, or put sd-v1-4.ckpt at $sd_file" ;;
+    --help) sed -n "2,4s/^# //p" "${BASH_SOURCE[0]##*/}" ;;
     *) echo "usage: bash hw2_download_ckpt.sh [--sd]" >&2; exit 2 ;;
 esac

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import pickle
+import warnings
 import zipfile
 
 import torch
@@ -20,7 +21,9 @@ from torchvision import transforms
 from utils import UserError, load_checkpoint
 
 try:
-    import clip as openai_clip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                      # it imports pkg_resources, which setuptools warns of
+        import clip as openai_clip
 except ImportError as e:                                     # it needs pkg_resources, which setuptools 81 no longer has
     openai_clip, IMPORT_ERROR = None, str(e)
 

@@ -20,7 +20,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-import clip  # noqa: E402
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")     # it imports pkg_resources, which setuptools warns of
+    import clip  # noqa: E402
 import lightning.pytorch as pl  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
