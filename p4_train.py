@@ -213,7 +213,7 @@ def parse(argv):
     option("--adversary", type=float, default=1.0, help="the largest lambda (default: 1)")
     option("--refine", action="store_true", help="self-training on top of dann")
     option("--oracle-selection", action="store_true", help="choose the epoch by target labels; for comparison only")
-    add_training_options(parser, out="runs/p4_{target}_{mode}", steps=6000, batch_size=128, lr=1e-3, ema=0.999)
+    add_training_options(parser, out="runs/p4_{target}_{mode}", steps=2000, batch_size=128, lr=1e-3, ema=0.999)
     args = parser.parse_args(argv)
     if args.source == args.target:
         raise UserError(f"--target {args.target}: it is the source too; take another one")

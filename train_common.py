@@ -8,9 +8,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
-from utils import UserError, add_device_options, pick_device, pick_precision, reuse_freed_memory
+from utils import UserError, add_device_options, pick_device, pick_precision, reuse_freed_memory, save_checkpoint
 
 
 def add_training_options(parser, out, steps, batch_size, lr, ema, epoch_steps=500):
@@ -58,6 +59,14 @@ class SeedEpochs(pl.Callback):
         torch.manual_seed(self.seed + 1000 * trainer.current_epoch + trainer.global_rank)
 
 
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes beside the final name and renames: a full disk or a kill leaves the last.ckpt before it as it was."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(checkpoint, path)
+
+
 def lightning_trainer(args, callbacks):
     """A Trainer for the options above. Sets args.resume_from to the run's last.ckpt where there is one.
 
@@ -93,6 +102,7 @@ def lightning_trainer(args, callbacks):
         max_time=args.max_time,
         gradient_clip_val=1.0,
         logger=loggers,
+        plugins=[WholeCheckpoints()],
         default_root_dir=out,
         callbacks=[
             *callbacks,

@@ -321,9 +321,12 @@ def load_checkpoint(path, map_location="cpu"):
 
 
 def save_checkpoint(checkpoint, path):
-    """torch.save to a temporary name, then renamed."""
-    with atomic(path) as temporary:
-        torch.save(checkpoint, temporary)
+    """torch.save to a temporary name, then renamed; raises UserError where it cannot be written."""
+    try:
+        with atomic(path) as temporary:
+            torch.save(checkpoint, temporary)
+    except RuntimeError as e:                               # torch's own writer, on a full disk
+        raise UserError(f"{path}: could not be written ({e}); is the disk full?") from None
 
 
 def half(state_dict):

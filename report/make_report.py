@@ -19,6 +19,8 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from PIL import Image  # noqa: E402
+
 from utils import UserError, atomic, cli  # noqa: E402
 
 HERE = ROOT / "report"
@@ -88,6 +90,22 @@ PARTS = {
 }
 
 
+def overview():
+    """figures/overview.png, for the README: digits and faces side by side, captioned emoji below."""
+    row = [Image.open(FIGURES / f"{n}.png").convert("RGB") for n in ("p1_grid_mnistm", "p1_grid_svhn", "p2_eta")]
+    row = [i.resize((round(i.width * 320 / i.height), 320), Image.LANCZOS) for i in row]
+    width = sum(i.width for i in row)
+    below = Image.open(FIGURES / "tiny.png").convert("RGB")
+    below = below.resize((width, round(below.height * width / below.width)), Image.LANCZOS)
+    sheet, left = Image.new("RGB", (width, 320 + below.height)), 0
+    for picture in row:
+        sheet.paste(picture, (left, 0))
+        left += picture.width
+    sheet.paste(below, (0, 320))
+    with atomic(FIGURES / "overview.png") as temporary:
+        sheet.save(temporary, format="PNG")
+
+
 def write_json(content, path):
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
@@ -122,6 +140,7 @@ def main(argv=None):
         if name in args.remake or not all((HERE / f).is_file() for f in files):
             for command in make(args):
                 run(command)
+    overview()
     try:
         pdf = typst.compile(str(HERE / "report.typ"), root=str(ROOT))
     except typst.TypstError as e:

@@ -31,6 +31,7 @@ from ldm.models.diffusion.dpm_solver import DPMSolverSampler  # noqa: E402
 from ldm.util import ModelError, instantiate_from_config, read_config, seeded_noise  # noqa: E402
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+from lightning.pytorch.plugins import TorchCheckpointIO  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from torchvision.utils import save_image  # noqa: E402
@@ -357,6 +358,13 @@ class Seeds(pl.Callback):
         torch.manual_seed(1000 + trainer.current_epoch)
 
 
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes beside the final name and renames: a full disk or a kill leaves the last.ckpt before it as it was."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        save(checkpoint, pathlib.Path(path), say=False)
+
+
 class EagerValidation(pl.Callback):
     """Validates without compiled networks: each of its batch sizes would be compiled anew."""
 
@@ -390,7 +398,8 @@ def fit(module, make, val, out, spec, args):
     ema = [EMAWeightAveraging(decay=spec["ema"], update_starting_at_step=min(200, epoch // 2))] if "ema" in spec else []
     trainer = pl.Trainer(
         accelerator="auto", devices=1, max_steps=spec["steps"], precision=args.precision, gradient_clip_val=1.0,
-        logger=CSVLogger(out, name="csv"), num_sanity_val_steps=0, log_every_n_steps=20, enable_model_summary=False,
+        logger=CSVLogger(out, name="csv"), plugins=[WholeCheckpoints()], num_sanity_val_steps=0, log_every_n_steps=20,
+        enable_model_summary=False,
         callbacks=[Samples(out / "samples"), *ema, Seeds(), *([EagerValidation()] if args.compile else []),
                    ModelCheckpoint(out, "last", enable_version_counter=False, save_on_train_epoch_end=True)])
     loaders = [DataLoader(Batches(make, epoch * spec["batch_size"]), spec["batch_size"], collate_fn=lambda b: b),
@@ -475,11 +484,17 @@ def train_diffusion(config, pictures, out, args):
     save(packed(model, pathlib.Path(args.config).stem, text["ids"], spec.steps, metrics), out / "model.ckpt")
 
 
-def save(content, path, write=torch.save):
+def save(content, path, write=torch.save, say=True):
     temporary = path.with_name(f".{path.name}.tmp")
-    write(content, str(temporary))
-    temporary.replace(path)
-    print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
+    try:
+        write(content, str(temporary))
+        temporary.replace(path)
+    except RuntimeError as e:                           # torch's own writer, on a full disk
+        raise ModelError(f"{path}: could not be written ({e}); is the disk full?") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    if say:
+        print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
 STAGES = {"autoencoder": ("autoencoder.pt", train_autoencoder), "clip": ("clip.pt", train_clip),
