@@ -56,7 +56,7 @@ class Adaptation(pl.LightningModule):
     def training_step(self, batch, _):
         images, labels, *unlabelled = batch
         view = (TARGET_ZOOM,) if self.config["mode"] == "target" else (SOURCE_ZOOM, 0.5)
-        images = augment(to_float(images), *view)
+        images = self.view_of(to_float(images), *view)
         if unlabelled:
             loss = self.adversarial_loss(images, labels, to_float(unlabelled[0]))
         else:
@@ -64,11 +64,14 @@ class Adaptation(pl.LightningModule):
         self.log("train_loss", loss)
         return loss
 
+    def view_of(self, images, *how):
+        return images if self.args.plain else augment(images, *how)
+
     def adversarial_loss(self, source, labels, target):
         """The objective of Ganin et al. 2016 (section 4.2), lambda by their schedule; `target` not yet augmented."""
         ramp = 2 / (1 + math.exp(-10 * self.trainer.global_step / self.args.steps)) - 1
         lambd = self.args.adversary * ramp
-        views = source, augment(target, TARGET_ZOOM)
+        views = source, self.view_of(target, TARGET_ZOOM)
         if self.net.features.domains == 1:
             features = self.net.features(torch.cat(views))
         else:
@@ -211,6 +214,7 @@ def parse(argv):
     option("--mode", choices=["source", "dann", "target"], default="dann")
     option("--norm", choices=NORMS, default="instance-domain", help="of features and pictures: see p4_model.py")
     option("--adversary", type=float, default=1.0, help="the largest lambda (default: 1)")
+    option("--plain", action="store_true", help="no augmentation, to see what adaptation does alone")
     option("--refine", action="store_true", help="self-training on top of dann")
     option("--oracle-selection", action="store_true", help="choose the epoch by target labels; for comparison only")
     add_training_options(parser, out="runs/p4_{target}_{mode}", steps=2000, batch_size=128, lr=1e-3, ema=0.999)

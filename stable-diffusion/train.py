@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler  # noqa: E402
-from ldm.util import ModelError, instantiate_from_config, read_config, seeded_noise  # noqa: E402
+from ldm.util import ModelError, instantiate_from_config, load_model, read_config, seeded_noise  # noqa: E402
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins import TorchCheckpointIO  # noqa: E402
@@ -467,6 +467,8 @@ def train_diffusion(config, pictures, out, args):
     model = instantiate_from_config(config.model)
     model.first_stage_model.load_state_dict(torch.load(out / "autoencoder.pt")["state_dict"])
     model.cond_stage_model.load_state_dict(text["text"])
+    if args.start:
+        model.model.load_state_dict(load_model(config, args.start).model.state_dict())
     latents = cache_latents(model.first_stage_model, pictures.images[train], spec.variants)
     conds = cache_conditionings(model, ["", *train_captions(pictures)])
 
@@ -507,6 +509,7 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/tiny")
     parser.add_argument("--config", default=str(ROOT / "configs/stable-diffusion/tiny.yaml"))
     parser.add_argument("--precision", default="bf16-mixed", help="Lightning's, say 32-true (default: bf16-mixed)")
+    parser.add_argument("--start", metavar="CKPT", help="a model.ckpt whose network the diffusion stage begins with")
     parser.add_argument("--compile", action="store_true", help="needs PyTorch 2.6 and a C++ compiler")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the config")
     args = parser.parse_args(argv)

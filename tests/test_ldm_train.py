@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -57,6 +58,16 @@ def test_the_checkpoint_names_its_config_and_loads_as_any_other(trained):
     eps = model.apply_model(torch.zeros(1, 4, 16, 16), torch.tensor([500]), cond)
     assert eps.shape == (1, 4, 16, 16) and torch.isfinite(eps).all()
     assert model.decode_first_stage(torch.zeros(1, 4, 16, 16)).shape == (1, 3, 64, 64)
+
+
+def test_start_begins_with_the_network_of_a_checkpoint(data, trained, tmp_path):
+    for name in ("autoencoder.pt", "text.pt", "clip.pt"):
+        shutil.copy(trained / name, tmp_path)
+    options = ["--data", str(data), "--out", str(tmp_path), "--precision", "32-true"]
+    still = [*SMALL, "training.diffusion.lr=0"]
+    assert train.main([*options, "--start", str(trained / "model.ckpt"), "--set", *still]) == 0
+    before, after = (torch.load(f / "model.ckpt")["state_dict"] for f in (trained, tmp_path))
+    assert all(torch.equal(v, after[k]) for k, v in before.items() if k.startswith("model."))
 
 
 def test_words_of_no_caption_get_the_mean_embedding_and_the_others_their_own(trained):
