@@ -206,6 +206,14 @@ def p4_train_validates(name):
 # ------------------------------------------------------------------------ augmentation
 
 
+@pytest.mark.parametrize("mode", ["source", "dann"])
+def test_plain_trains_on_the_pictures_as_they_are(data, tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(p4_train, "augment", lambda *args: pytest.fail("--plain augments"))
+    train("--data", data, "--mode", mode, "--plain", "--out", tmp_path / "plain", *SMALL)
+    with pytest.raises(pytest.fail.Exception):
+        train("--data", data, "--mode", mode, "--out", tmp_path / "augmented", *SMALL)
+
+
 def test_views_are_new_in_range_and_follow_the_seed():
     x = torch.rand(64, 3, 28, 28) * 2 - 1
     views = []
