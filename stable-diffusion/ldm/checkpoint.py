@@ -204,7 +204,7 @@ def load_weights(model, stored, path, device="cpu", dtype=torch.float32):
     stored = {re.sub(rf"^{text}(?!text_model\.)", f"{text}text_model.", k): v for k, v in stored.items()}
     table, known = f"{text}text_model.embeddings.token_embedding.weight", stored.pop("known_words", None)
     if known is not None and table in stored:
-        rows, known = load_tensor(stored.pop(table), table, path), load_tensor(known, "known_words", path)
+        rows, known = load_tensor(stored.pop(table), table, path), load_tensor(known, "known_words", path).long()
         try:
             own.pop(table).data.copy_(rows.float().mean(0))[known] = rows.float()
         except (IndexError, RuntimeError):
