@@ -18,7 +18,6 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-
 from table import add_out_option, describe_machine, save_table
 
 from utils import UserError, cli, load_checkpoint, output_folder, pick_device

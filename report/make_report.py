@@ -40,7 +40,8 @@ def digits(args):
 def faces(args):
     """Problem 2: by eta, between two noises, and the speed."""
     noise, unet = args.data / "face/noise", args.data / "face/UNet.pt"
-    if not unet.is_file():
+    course = unet.is_file()
+    if not course:
         noise, unet = WORK / "noise", ROOT / "checkpoints/p2_faces.pt"
         yield "p2_ddim.py", "--make-noise", noise, "--count", 4, "--size", 64
     eta = ["--eta-grid", FIGURES / "p2_eta.png"]
@@ -49,7 +50,7 @@ def faces(args):
         yield "p2_ddim.py", noise, WORK / "faces", unet, *sheet, *eta
         eta = []
     yield "benchmarks/p2.py", "--steps", 20, "--out", NUMBERS / "p2.json"
-    write_json({"course": unet.parent.name == "face"}, NUMBERS / "p2_network.json")
+    write_json({"course": course}, NUMBERS / "p2_network.json")
 
 
 def text_to_image(args):
@@ -74,7 +75,8 @@ def text_to_image(args):
 
 def adaptation(args):
     """The 2023 edition: DANN's table and t-SNE."""
-    yield "benchmarks/p4.py", "--data", args.data / "digits", "--out", NUMBERS / "p4.json"
+    modes = ["--mode", "source", "dann", "target"]
+    yield "benchmarks/p4.py", "--data", args.data / "digits", *modes, "--out", NUMBERS / "p4.json"
     yield "p4_tsne.py", "--data", args.data / "digits", FIGURES / "p4_tsne.png"
 
 
@@ -120,16 +122,18 @@ def run(command):
 
 @cli
 def main(argv=None):
+    def path(text):
+        return pathlib.Path(text).resolve()             # the commands run in the repository
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(ROOT / "hw2_report.pdf"))
     parser.add_argument("--remake", nargs="+", choices=list(PARTS), default=[], help="make these anew")
-    parser.add_argument("--data", type=pathlib.Path, default=ROOT / "hw2_data", help="the course's data")
-    parser.add_argument("--classifier", help="the course's Classifier.pth (default: ours)")
-    parser.add_argument("--emoji", default=ROOT / "runs/emoji", help="what tools/make_emoji_dataset.py wrote")
-    parser.add_argument("--ckpt", help="sd-v1-4.ckpt, its tokens in embeddings/ (default: the small model)")
+    parser.add_argument("--data", type=path, default=ROOT / "hw2_data", help="the course's data")
+    parser.add_argument("--classifier", type=path, help="the course's Classifier.pth (default: ours)")
+    parser.add_argument("--emoji", type=path, default=ROOT / "runs/emoji", help="of tools/make_emoji_dataset.py")
+    parser.add_argument("--ckpt", type=path, help="sd-v1-4.ckpt, its tokens in embeddings/ (default: ours)")
     parser.add_argument("--clip", help="ViT-B/32 or its file, for zero-shot (default: the small CLIP)")
     args = parser.parse_args(argv)
-    args.data = args.data.resolve()
     try:
         import typst
     except ModuleNotFoundError:
