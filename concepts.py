@@ -26,8 +26,9 @@ class Concept(NamedTuple):
     prompts: list
     eval_prompts: list          # prompt_4_clip_eval: the prompts with the word in the token's place; may be []
     baseline: list              # [image score, text score] a prompt; may be []
-    captions: tuple = ()        # train_captions, of our JSONs: what Textual Inversion says; {} for the token
-    validation: tuple = ()      # validation_prompts, likewise: what it chooses the step by
+    captions: object = ()       # train_captions, of our JSONs: what Textual Inversion says of the pictures, {} for the
+                                # token; a dict has a tuple a file name, so that the token need not learn the rest
+    validation: object = {}     # validation_prompts, likewise: what it chooses the step by, with the text for CLIP
 
 
 def read_concepts(path):
@@ -62,13 +63,22 @@ def _concept(path, key, entry):
     for name, values in (("prompt_4_clip_eval", eval_prompts), ("baseline", baseline)):
         if values and len(values) != len(prompts):
             raise UserError(f'{path}: entry "{key}" has {len(prompts)} prompts but {len(values)} in "{name}"')
-    templates = []
-    for name in ("train_captions", "validation_prompts"):
-        texts = entry.get(name, [])
+    def templates(name, texts):
         if not isinstance(texts, list) or not all(isinstance(t, str) and t.count("{}") == 1 for t in texts):
             raise UserError(f'{path}: entry "{key}": "{name}" is a list of texts, each with a {{}} in it')
-        templates.append(tuple(texts))
-    return Concept(key, entry["src_image"], entry["token_name"], prompts, eval_prompts, baseline, *templates)
+        return tuple(texts)
+
+    captions = entry.get("train_captions", [])
+    if isinstance(captions, dict) and all(captions.values()):
+        captions = {file: templates("train_captions", texts) for file, texts in captions.items()}
+    else:
+        captions = templates("train_captions", captions)
+    validation = entry.get("validation_prompts", [])
+    if isinstance(validation, dict) and all(isinstance(told, str) for told in validation.values()):
+        templates("validation_prompts", list(validation))
+    else:
+        validation = {t: t.format(entry["src_image"]) for t in templates("validation_prompts", validation)}
+    return Concept(key, entry["src_image"], entry["token_name"], prompts, eval_prompts, baseline, captions, validation)
 
 
 def placeholders(prompt):

@@ -145,6 +145,8 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     started = time.time()
+    for sheet in filter(None, (args.grid, args.trajectory)):
+        output_folder(pathlib.Path(sheet).absolute().parent)
     stages = sampler_of(args)
     written = [
         write(args, stages)

@@ -76,6 +76,16 @@ def may_flip(concept):
     return not MIRROR_CHANGES & set(re.findall(r"\w+", concept.word.lower()))
 
 
+def captions_of(concept, kind, files):
+    """What is said of each picture: a list of texts a file, {} for the token."""
+    if not isinstance(concept.captions, dict):
+        return [concept.captions or (STYLE_CAPTIONS if kind == "style" else OBJECT_CAPTIONS)] * len(files)
+    for path in files:
+        if path.name not in concept.captions:
+            raise UserError(f'{path}: the JSON\'s "train_captions" has no captions of it; add some, or one list for all')
+    return [concept.captions[path.name] for path in files]
+
+
 # -------------------------------------------------------------------------------- data
 
 
@@ -129,14 +139,16 @@ def eps_loss(model, moments, t, prompts, draw):
 
 
 @torch.no_grad()
-def held_back_loss(model, moments, prompt, batch, seed=0, times=8):
-    """Mean eps loss of held-back latents at `times` fixed times with fixed noise: comparable between steps and runs."""
+def held_back_loss(model, moments, prompts, batch, seed=0, times=8):
+    """Mean eps loss of held-back latents, each with its prompt, at `times` fixed times with fixed noise: comparable
+    between steps and runs."""
     grid = ((torch.arange(times) + 0.5) / times * model.num_timesteps).long()
     pairs = list(itertools.product(range(len(moments)), grid.tolist()))
     draw, total = torch.Generator().manual_seed(seed), 0.0
     for start in range(0, len(pairs), batch):
         pick, t = zip(*pairs[start : start + batch])
-        total += len(pick) * float(eps_loss(model, moments[list(pick)], torch.tensor(t), [prompt] * len(pick), draw))
+        said = [prompts[i] for i in pick]
+        total += len(pick) * float(eps_loss(model, moments[list(pick)], torch.tensor(t), said, draw))
     return total / len(pairs)
 
 
@@ -146,6 +158,8 @@ def held_back_loss(model, moments, prompt, batch, seed=0, times=8):
 def train(model, tokens, token, moments, held, captions, recipe, work, deadline=None):
     """Optimises the vectors of `token`; leaves step_00050.pt ... in the folder `work` and resumes from its state.pt.
 
+    `moments` [N, 2, 4, h, w] has the same number of rows for each picture, one after another, `held` one; `captions` a
+    list of texts for each, {} for the token.
     Every draw of a step is seeded by the step, so that a resumed training equals an uninterrupted one. Stops at
     `deadline` (time.monotonic) with everything saved. Returns the number of steps done.
     """
@@ -165,7 +179,7 @@ def train(model, tokens, token, moments, held, captions, recipe, work, deadline=
         if late or len(losses) % recipe.save_every == 0 or len(losses) == recipe.steps:
             save_step(model, tokens, token, held, captions, recipe, work, losses, optimizer, scaler)
         if recipe.preview_every and len(losses) % recipe.preview_every == 0:
-            preview(model, captions[0].format(token), recipe, work / f"preview_{len(losses):05d}.png")
+            preview(model, captions[0][0].format(token), recipe, work / f"preview_{len(losses):05d}.png")
         if late:
             break
     return len(losses)
@@ -177,9 +191,10 @@ def optimize(model, token, vectors, optimizer, scaler, moments, captions, recipe
     optimizer.zero_grad(set_to_none=True)
     for _ in range(recipe.accumulate):
         pick = torch.randint(len(moments), (recipe.batch,), generator=draw)
-        said = torch.randint(len(captions), (recipe.batch,), generator=draw)
+        said = [captions[i * len(captions) // len(moments)] for i in pick.tolist()]
+        said = [texts[int(u * len(texts))].format(token) for texts, u in zip(said, torch.rand(len(said), generator=draw))]
         t = torch.randint(model.num_timesteps, (recipe.batch,), generator=draw)
-        loss = eps_loss(model, moments[pick.to(moments.device)], t, [captions[i].format(token) for i in said], draw)
+        loss = eps_loss(model, moments[pick.to(moments.device)], t, said, draw)
         scaler.scale(loss / recipe.accumulate).backward()
         total += float(loss) / recipe.accumulate
     scaler.step(optimizer)
@@ -208,7 +223,7 @@ def preview(model, prompt, recipe, path):
 def save_step(model, tokens, token, held, captions, recipe, work, losses, optimizer, scaler):
     """step_NNNNN.pt with its held-back loss, losses.csv, and state.pt to resume from."""
     step = len(losses)
-    loss = held_back_loss(model, held, captions[0].format(token), recipe.batch)
+    loss = held_back_loss(model, held, [texts[0].format(token) for texts in captions], recipe.batch)
     with user_errors():
         tokens.save(work / f"step_{step:05d}.pt", [token], step=step, scores={"held_back_loss": loss})
     with atomic(work / "losses.csv") as temporary:
@@ -243,11 +258,13 @@ def resume(work, training, vectors, optimizer, scaler):
 
 def grader_scores(model, token, concept, kind, sources, clip, recipe):
     """(image score, text score) as the course's grader has them, averaged over validation prompts of our own."""
-    scores = []
-    for template in concept.validation or (STYLE_VALIDATION if kind == "style" else OBJECT_VALIDATION):
+    validation, scores = concept.validation, []
+    if not validation:
+        validation = {t: t.format(concept.word) for t in (STYLE_VALIDATION if kind == "style" else OBJECT_VALIDATION)}
+    for template, told in validation.items():
         pictures = generate(model, template.format(token), range(VALIDATION_PICTURES), size=recipe.size, seed=1000)
         pictures = clip.images([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures])
-        text = text_scores(clip, pictures, template.format(concept.word))
+        text = text_scores(clip, pictures, told)
         scores.append(best_fifth(image_scores(clip, pictures, sources), text))
     return [sum(s) / len(s) for s in zip(*scores)]
 
@@ -299,7 +316,7 @@ def invert(model, tokens, concept, files, recipe, out, work, clip=None, deadline
         if token not in tokens:
             tokens.add(token, tokens.initial(word, recipe.vectors), init_word=word)
     moments, held = cache_moments(model, files, recipe, flip)
-    captions = concept.captions or (STYLE_CAPTIONS if kind == "style" else OBJECT_CAPTIONS)
+    captions = captions_of(concept, kind, files)
     stop = deadline
     if deadline is not None and clip is not None:
         stop = deadline - (deadline - time.monotonic()) / 3

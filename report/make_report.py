@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from PIL import Image  # noqa: E402
 
-from utils import UserError, atomic, cli  # noqa: E402
+from utils import UserError, atomic, cli, output_folder  # noqa: E402
 
 HERE = ROOT / "report"
 FIGURES, NUMBERS, WORK = HERE / "figures", HERE / "numbers", ROOT / "runs/report"
@@ -138,8 +138,8 @@ def main(argv=None):
         import typst
     except ModuleNotFoundError:
         raise UserError("the report is typeset by typst; `pip install typst`") from None
-    for folder in (FIGURES, NUMBERS, WORK):
-        folder.mkdir(parents=True, exist_ok=True)
+    for folder in (pathlib.Path(args.out).absolute().parent, FIGURES, NUMBERS, WORK):
+        output_folder(folder)
     for name, (make, files) in PARTS.items():
         if name in args.remake or not all((HERE / f).is_file() for f in files):
             for command in make(args):

@@ -266,7 +266,11 @@ def save_as_openai(state, size, path):
 
 
 class Diffusing(pl.LightningModule):
-    """The latent diffusion model on cached latents [B, 2, 4, h, w] (mean and deviation) and conditionings [B, M, D]."""
+    """The latent diffusion model on cached latents [B, 2, 4, h, w] (mean and deviation) and conditionings [B, M, D].
+
+    In training a squared error of eps counts min(SNR, gamma) / SNR (Hang et al. 2023, Min-SNR), SNR = alpha_bar /
+    (1 - alpha_bar) and gamma = spec["min_snr"]: else the least noised latents, which hold no shapes, outweigh the rest.
+    """
 
     def __init__(self, model, spec):
         super().__init__()
@@ -276,21 +280,25 @@ class Diffusing(pl.LightningModule):
     def of_fixed_size(self):
         return [self.model.model.diffusion_model]
 
-    def loss(self, moments, cond, t=None, generator=None):
+    def errors(self, moments, cond, t, generator=None):
+        """Mean squared error of eps of each latent [B]."""
         mean, std = moments.float().unbind(1)
         z, eps = (torch.randn(mean.shape, generator=generator).to(mean) for _ in range(2))
-        t = torch.randint(self.model.num_timesteps, (len(mean),), device=self.device) if t is None else t
-        return self.model.p_losses(mean + std * z, cond.float(), t, eps)[0]
+        predicted = self.model.apply_model(self.model.q_sample(mean + std * z, t, eps), t, cond.float())
+        return (predicted.float() - eps).square().mean(dim=(1, 2, 3))
 
     def training_step(self, batch, _):
-        loss = self.loss(*batch)
+        t = torch.randint(self.model.num_timesteps, (len(batch[0]),), device=self.device)
+        alpha_bar = self.model.alphas_cumprod[t]
+        weights = (self.spec["min_snr"] * (1 - alpha_bar) / alpha_bar).clamp(max=1)
+        loss = (weights * self.errors(*batch, t)).mean()
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch, i):
         draw = torch.Generator().manual_seed(i)
         t = torch.linspace(0, self.model.num_timesteps - 1, len(batch[0]), device=self.device).long()
-        self.log("val_loss", self.loss(*batch, t=t, generator=draw))
+        self.log("val_loss", self.errors(*batch, t, draw).mean())
         if i:
             return None
         cond, uncond = batch[1][:32].float(), self.model.get_learned_conditioning([""])
@@ -395,7 +403,10 @@ def fit(module, make, val, out, spec, args):
     """
     epoch = min(500, spec["steps"])
     last = out / "last.ckpt"
-    ema = [EMAWeightAveraging(decay=spec["ema"], update_starting_at_step=min(200, epoch // 2))] if "ema" in spec else []
+    ema = []
+    if "ema" in spec:                                   # every fourth step: averaging the whole model takes time
+        ema = [EMAWeightAveraging(
+            decay=spec["ema"] ** 4, update_every_n_steps=4, update_starting_at_step=min(200, epoch // 2))]
     trainer = pl.Trainer(
         accelerator="auto", devices=1, max_steps=spec["steps"], precision=args.precision, gradient_clip_val=1.0,
         logger=CSVLogger(out, name="csv"), plugins=[WholeCheckpoints()], num_sanity_val_steps=0, log_every_n_steps=20,

@@ -40,7 +40,7 @@ def run(model, work, recipe=TINY, word="dog", deadline=None):
     tokens = p3_model.learned_tokens(model)
     tokens.add("<new1>", tokens.initial(word, recipe.vectors), init_word=word)
     moments = random_moments()
-    steps = p3_invert.train(model, tokens, "<new1>", moments, moments[:1], OBJECT_CAPTIONS, recipe, work, deadline)
+    steps = p3_invert.train(model, tokens, "<new1>", moments, moments[:1], [OBJECT_CAPTIONS], recipe, work, deadline)
     return steps, tokens["<new1>"].detach().clone()
 
 
@@ -75,11 +75,11 @@ def test_an_embedding_planted_as_the_truth_is_recovered(model, tmp_path):
     tokens.add("<new1>", tokens.initial("green"))
 
     def loss(word):
-        return p3_invert.held_back_loss(model, moments[:2], captions[0].format(word), 8)
+        return p3_invert.held_back_loss(model, moments[:2], [captions[0].format(word)] * 2, 8)
 
     start, planted = loss("<new1>"), loss("red")
     recipe = TINY._replace(steps=150, batch=4, lr=0.03 / 4, save_every=150)
-    p3_invert.train(model, tokens, "<new1>", moments[2:], moments[:2], captions, recipe, tmp_path)
+    p3_invert.train(model, tokens, "<new1>", moments[2:], moments[:2], [captions] * 2, recipe, tmp_path)
     assert start > 1.3 * planted                             # there was something to learn
     assert loss("<new1>") < 1.05 * planted
 
@@ -90,8 +90,8 @@ def test_the_loss_on_the_concepts_pictures_falls(model, tmp_path):
     tokens = p3_model.learned_tokens(model)
     tokens.add("<new1>", tokens.initial("dog"))
     recipe = TINY._replace(steps=120, batch=4, lr=0.1 / 4, save_every=120)
-    before = p3_invert.held_back_loss(model, moments, "a photo of a <new1>", 8)
-    p3_invert.train(model, tokens, "<new1>", moments, moments, OBJECT_CAPTIONS[:1], recipe, tmp_path)
+    before = p3_invert.held_back_loss(model, moments, ["a photo of a <new1>"] * 3, 8)
+    p3_invert.train(model, tokens, "<new1>", moments, moments, [OBJECT_CAPTIONS[:1]] * 3, recipe, tmp_path)
     after = load_checkpoint(tmp_path / "step_00120.pt")["scores"]["held_back_loss"]
     assert after < before - 0.002
 
@@ -227,6 +227,25 @@ def test_the_lowest_loss_is_chosen_and_with_a_clip_the_best_score(model, tmp_pat
     assert calls == [2, 3, 1]                                # the best held-back loss first
 
 
+@pytest.mark.parametrize("given, asked", [
+    ({}, ["A lighthouse on a cliff in the style of dog."]),
+    ({"validation_prompts": ["a {} on ice"]}, ["a dog on ice"]),
+    ({"validation_prompts": {"a {} on ice": "ice", "{} at sea": "the sea"}}, ["ice", "the sea"]),
+])
+def test_the_clip_is_asked_for_the_texts_of_the_validation_prompts(tmp_path, monkeypatch, given, asked):
+    entry = {"src_image": "dog", "token_name": "<new1>", "prompt": ["a <new1>"], **given}
+    (tmp_path / "input.json").write_text(json.dumps({"0": entry}))
+    told, drawn = [], []
+    blank = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    monkeypatch.setattr(p3_invert, "generate", lambda model, prompt, *a, **k: drawn.append(prompt) or blank)
+    monkeypatch.setattr(p3_invert, "text_scores", lambda clip, pictures, text: told.append(text) or torch.ones(5))
+    monkeypatch.setattr(p3_invert, "image_scores", lambda clip, pictures, sources: torch.ones(5))
+    monkeypatch.setattr(p3_invert, "STYLE_VALIDATION", p3_invert.STYLE_VALIDATION[:1])
+    (concept,) = concepts.read_concepts(tmp_path / "input.json")
+    p3_invert.grader_scores(None, "<new1>", concept, "style", None, FakeClip(), TINY)
+    assert told == asked and len(drawn) == len(asked) and all("<new1>" in prompt for prompt in drawn)
+
+
 # ------------------------------------------------------------------------------------------------ the script
 
 
@@ -273,7 +292,30 @@ def test_the_json_may_bring_captions_of_its_own(task, tmp_path, monkeypatch):
     said, learn = {}, p3_invert.train
     monkeypatch.setattr(p3_invert, "train", lambda *a, **k: said.update({a[2]: a[5]}) or learn(*a, **k))
     assert script(monkeypatch, *task, "--clip", "none", "--preview-every", 0) == 0
-    assert said == {"<new1>": ("an emoji of {}",), "<new2>": p3_invert.STYLE_CAPTIONS}
+    assert said == {"<new1>": [("an emoji of {}",)] * 2, "<new2>": [p3_invert.STYLE_CAPTIONS] * 2}
+
+
+def test_captions_of_one_picture_are_said_of_that_picture_alone(model, tmp_path, monkeypatch):
+    """Picture 0 is all zeros, picture 1 all ones, two crops each: the prompts of a step follow the latents."""
+    moments = torch.zeros(4, 2, 4, 8, 8)
+    moments[2:, 0] = 1
+    tokens, said = p3_model.learned_tokens(model), []
+    tokens.add("<new1>", tokens.initial("dog"))
+    loss = p3_invert.eps_loss
+    monkeypatch.setattr(p3_invert, "eps_loss", lambda m, x, t, prompts, draw: (
+        said.extend(zip(x[:, 0].mean((1, 2, 3)).tolist(), prompts)), loss(m, x, t, prompts, draw))[1])
+    captions = [["a red {}", "one red {}"], ["a green {}"]]
+    p3_invert.train(model, tokens, "<new1>", moments, moments[::2], captions, TINY._replace(steps=10), tmp_path)
+    assert set(said) == {(0.0, "a red <new1>"), (0.0, "one red <new1>"), (1.0, "a green <new1>")}
+
+
+def test_a_picture_that_the_captions_leave_out_is_named(task, monkeypatch, capsys):
+    entries = json.loads(task[1].read_text())
+    entries["0"]["train_captions"] = {"00.jpg": ["a {}, in red"]}
+    task[1].write_text(json.dumps(entries))
+    assert script(monkeypatch, *task, "--clip", "none") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "train_captions" in error and "01.jpg" in error
 
 
 def test_only_and_init_word_are_taken(task, tmp_path, monkeypatch, capsys):
