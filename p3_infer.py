@@ -290,7 +290,10 @@ def main():
     there = len(finished)
     if todo:
         clock.start(lambda steps: generate(model, "", range(batch), steps, settings), batch)
-    lowered = make(model, tokens, todo, finished, settings, out, clock, batch)
+    try:
+        lowered = make(model, tokens, todo, finished, settings, out, clock, batch)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; the same line goes on with the pictures that {out} lacks") from None
     if lowered:
         print(f"{lowered} pictures have fewer than {args.steps} steps, for lack of time; run again to make them anew")
     seconds = time.monotonic() - START

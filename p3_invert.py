@@ -82,7 +82,7 @@ def captions_of(concept, kind, files):
         return [concept.captions or (STYLE_CAPTIONS if kind == "style" else OBJECT_CAPTIONS)] * len(files)
     for path in files:
         if path.name not in concept.captions:
-            raise UserError(f'{path}: the JSON\'s "train_captions" has no captions of it; add some, or one list for all')
+            raise UserError(f'{path}: the JSON\'s "train_captions" lacks it; add captions, or give one list for all')
     return [concept.captions[path.name] for path in files]
 
 
@@ -192,7 +192,8 @@ def optimize(model, token, vectors, optimizer, scaler, moments, captions, recipe
     for _ in range(recipe.accumulate):
         pick = torch.randint(len(moments), (recipe.batch,), generator=draw)
         said = [captions[i * len(captions) // len(moments)] for i in pick.tolist()]
-        said = [texts[int(u * len(texts))].format(token) for texts, u in zip(said, torch.rand(len(said), generator=draw))]
+        which = torch.rand(recipe.batch, generator=draw)
+        said = [texts[int(u * len(texts))].format(token) for texts, u in zip(said, which)]
         t = torch.randint(model.num_timesteps, (recipe.batch,), generator=draw)
         loss = eps_loss(model, moments[pick.to(moments.device)], t, said, draw)
         scaler.scale(loss / recipe.accumulate).backward()

@@ -95,7 +95,10 @@ def main():
             deadline = time.monotonic() + (end - time.monotonic()) / (len(jobs) - n)
         path = embedding_path(out, concept.token)
         work = pathlib.Path(args.work) / path.stem
-        done.append(invert(model, tokens, concept, files, recipe, path, work, clip, deadline))
+        try:
+            done.append(invert(model, tokens, concept, files, recipe, path, work, clip, deadline))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; the same line goes on from {work}") from None
     print("\n".join(done))
 
 

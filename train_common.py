@@ -118,11 +118,17 @@ def lightning_trainer(args, callbacks):
 def fit(args, trainer, module, train, val):
     """Trains on map-style datasets that give whole batches (`__getitems__`), from the run's last checkpoint on.
 
-    An epoch is args.epoch_steps optimizer steps on any number of devices: `train.length` is set accordingly.
+    An epoch is args.epoch_steps optimizer steps on any number of devices: `train.length` is set accordingly. Ctrl-C
+    ends as KeyboardInterrupt, which says where the same line goes on.
     """
     train.length = args.epoch_steps * args.batch_size * trainer.world_size
     loaders = [
         DataLoader(train, args.batch_size, shuffle=True, collate_fn=lambda batch: batch),
         DataLoader(val, 250, collate_fn=lambda batch: batch),
     ]
-    trainer.fit(module, *loaders, ckpt_path=args.resume_from)
+    try:
+        trainer.fit(module, *loaders, ckpt_path=args.resume_from)
+    except SystemExit:                                      # Lightning's own, after Ctrl-C
+        last = pathlib.Path(args.out) / "last.ckpt"
+        goes_on = f"goes on from {last}" if last.is_file() else f"starts anew: {last} comes after an epoch"
+        raise KeyboardInterrupt(f"interrupted; the same line {goes_on}") from None

@@ -37,8 +37,8 @@ def cli(main):
             message = str(e)
         except OSError as e:
             message = f"{e.filename}: {e.strerror}" if e.filename else str(e)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+        except KeyboardInterrupt as e:
+            print(str(e) or "interrupted", file=sys.stderr)
             raise SystemExit(130) from None
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)

@@ -420,9 +420,11 @@ def fit(module, make, val, out, spec, args):
             network.compile(dynamic=False)
     # on a CPU, the backward pass of scaled_dot_product_attention's default is slower than that of plain products
     with sdpa_kernel([SDPBackend.MATH] if trainer.strategy.root_device.type == "cpu" else list(ATTENTION)):
-        trainer.fit(module, *loaders, ckpt_path=str(last) if last.is_file() else None)
-    if trainer.global_step < spec["steps"]:
-        raise KeyboardInterrupt
+        try:
+            trainer.fit(module, *loaders, ckpt_path=str(last) if last.is_file() else None)
+        except SystemExit:                              # Lightning's own, after Ctrl-C
+            goes_on = f"goes on from {last}" if last.is_file() else f"starts anew: {last} comes after {epoch} steps"
+            raise KeyboardInterrupt(f"interrupted; the same line {goes_on}") from None
     module.load_state_dict(torch.load(last, weights_only=False)["state_dict"])      # the averaged ones
     module.eval()
     return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
@@ -537,8 +539,8 @@ def main(argv=None):
     except (ModelError, OSError) as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same line goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(str(e) or "interrupted", file=sys.stderr)
         return 130
     print(f"wrote {out}/{{autoencoder.pt,clip.pt,model.ckpt}}")
     return 0

@@ -224,8 +224,8 @@ def test_any_other_number_than_25_pictures_is_refused(graded, clip_file, change,
     ('{"0": {"src_image": "dog", "token_name": "<a>", "prompt": ["a", 3]}}', "must be a text"),
     ('{"0": {"src_image": "dog", "token_name": "<a>", "prompt": ["a", "b"], "baseline": [[1, 2]]}}', "2 prompts but 1"),
     ('{"0": {"src_image": "dog", "token_name": "<a>", "prompt": ["a"], "train_captions": ["dog"]}}', "each with a {}"),
-    ('{"0": {"src_image": "dog", "token_name": "<a>", "prompt": ["a"], "train_captions": {"0.jpg": "a {}"}}}', "list"),
-    ('{"0": {"src_image": "dog", "token_name": "<a>", "prompt": ["a"], "validation_prompts": {"dog": "a dog"}}}', "a {}"),
+    ('{"0": {"src_image": "d", "token_name": "<a>", "prompt": ["a"], "train_captions": {"0.jpg": "a {}"}}}', "list"),
+    ('{"0": {"src_image": "d", "token_name": "<a>", "prompt": ["a"], "validation_prompts": {"d": "a d"}}}', "a {}"),
     ('{"../x": {"src_image": "dog", "token_name": "<a>", "prompt": ["a"]}}', "cannot name a folder"),
 ])
 def test_a_bad_json_is_refused_by_name(tmp_path, text, complaint):

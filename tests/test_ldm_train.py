@@ -4,6 +4,7 @@ import io
 import json
 import pathlib
 import shutil
+import signal
 import sys
 
 import numpy as np
@@ -127,6 +128,21 @@ def test_a_second_run_goes_on_where_the_first_one_stopped(trained, data):
     assert code == 0 and "autoencoder.pt, " not in printed
     a, b = torch.load(io.BytesIO(before))["state_dict"], torch.load(trained / "model.ckpt")["state_dict"]
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_ctrl_c_says_where_the_same_line_goes_on(data, tmp_path, monkeypatch, capsys):
+    def pressed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Autoencoding, "training_step", pressed)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert run(data, tmp_path)[0] == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)           # Lightning leaves it ignored
+    last = tmp_path / "autoencoder/last.ckpt"
+    said = f"interrupted; the same line starts anew: {last} comes after 3 steps"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == said
 
 
 def test_a_caption_that_says_only_the_subject_is_right_for_every_style():

@@ -1,8 +1,10 @@
 """Problem 1: the network, what hw2_1.sh writes, and a training that learns, stops and resumes."""
 import csv
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -172,6 +174,18 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tiny, tmp_path):
     assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
     images = [(tmp_path / run / "samples/0000009.png").read_bytes() for run in ("whole", "parts")]
     assert images[0] == images[1]
+
+
+def test_ctrl_c_says_where_the_same_line_goes_on(tiny, tmp_path):
+    pytest.importorskip("lightning")
+    command = [sys.executable, ROOT / "p1_train.py", *tiny, "--out", tmp_path, "--steps", 9000, "--epoch-steps", 3]
+    running = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "last.ckpt").is_file() and running.poll() is None:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, error = running.communicate(timeout=120)
+    assert running.returncode == 130 and "Traceback" not in error
+    assert error.strip().splitlines()[-1] == f"interrupted; the same line goes on from {tmp_path}/last.ckpt"
 
 
 def test_a_short_training_lowers_the_loss_of_both_domains(tiny, tmp_path):

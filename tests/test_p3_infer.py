@@ -164,6 +164,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(task, tmp_path, monkeypatch
 
     monkeypatch.setattr(p3_model, "generate", interrupted)
     assert run(monkeypatch, *task) == 130
+    assert f"the same line goes on with the pictures that {task[1]} lacks" in capsys.readouterr().err
     assert len(contents(task[1])) == 5                       # batches of 2, 1, 2
     monkeypatch.setattr(p3_model, "generate", generate)
     assert run(monkeypatch, *task) == 0
