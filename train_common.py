@@ -130,5 +130,6 @@ def fit(args, trainer, module, train, val):
         trainer.fit(module, *loaders, ckpt_path=args.resume_from)
     except SystemExit:                                      # Lightning's own, after Ctrl-C
         last = pathlib.Path(args.out) / "last.ckpt"
-        goes_on = f"goes on from {last}" if last.is_file() else f"starts anew: {last} comes after an epoch"
+        every = f"{last} is written every {args.epoch_steps} steps, see --epoch-steps"
+        goes_on = f"goes on from {last}" if last.is_file() else f"starts anew: {every}"
         raise KeyboardInterrupt(f"interrupted; the same line {goes_on}") from None

@@ -1,5 +1,6 @@
 """Problem 1: the network, what hw2_1.sh writes, and a training that learns, stops and resumes."""
 import csv
+import functools
 import os
 import signal
 import subprocess
@@ -179,11 +180,13 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tiny, tmp_path):
 def test_ctrl_c_says_where_the_same_line_goes_on(tiny, tmp_path):
     pytest.importorskip("lightning")
     command = [sys.executable, ROOT / "p1_train.py", *tiny, "--out", tmp_path, "--steps", 9000, "--epoch-steps", 3]
-    running = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while not (tmp_path / "last.ckpt").is_file() and running.poll() is None:
-        time.sleep(0.1)
-    running.send_signal(signal.SIGINT)
-    _, error = running.communicate(timeout=120)
+    heeds_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)      # background jobs do not
+    options = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": heeds_ctrl_c}
+    with subprocess.Popen(list(map(str, command)), **options) as running:
+        while not (tmp_path / "last.ckpt").is_file() and running.poll() is None:
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        _, error = running.communicate()
     assert running.returncode == 130 and "Traceback" not in error
     assert error.strip().splitlines()[-1] == f"interrupted; the same line goes on from {tmp_path}/last.ckpt"
 
