@@ -3,6 +3,9 @@
 # need the course's data run too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+case "${1:-}" in
+    -h | --help) echo "usage: [HW2_DATA=/path/to/hw2_data] bash test.sh [pytest options]"; exit 0 ;;
+esac
 . ./setup.sh
 
 set_up requirements.txt requirements-dev.txt

@@ -86,7 +86,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     output_folder(args.runs)
-    titles = [t for target in args.target for t in (f"{TARGETS[target]}, %", "minutes")]
+    titles = [t for target in args.target for t in (f"{TARGETS[target]}, %", f"minutes, {target.upper()}")]
     options = f", {' '.join(args.options)}" if args.options else ""
     lines = [
         f"{describe_machine(pick_device(args.device))}; {len(args.seeds)} seeds{options}",

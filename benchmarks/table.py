@@ -29,8 +29,12 @@ def add_out_option(parser):
 def save_table(lines, paths):
     """Writes a Markdown table, `lines` = [what it was measured on, "", columns, rule, rows ...], to each of `paths`.
 
-    A path that ends in .json gets {"measured": text, "rows": [{column: cell}]}, the cells as they are printed.
+    A path that ends in .json gets {"measured": text, "rows": [{column: cell}]}, the cells as they are printed, so no
+    two columns may have the same name.
     """
+    names = [name.strip() for name in lines[2].strip("|").split("|")]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two columns of one name: {lines[2]}")
     for path in map(pathlib.Path, paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         columns, _, *rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines[2:]]

@@ -125,7 +125,7 @@ def inversion(model, clip, pictures, args):
     tokens, concepts = learned_tokens(model), read_concepts(path)
     missing = load_embeddings(tokens, path.parent / "embeddings", [c.token for c in concepts])
     lines = [f"{describe_machine(model.device)}; the best 5 of 25 pictures by {pathlib.Path(clip.name).name}", "",
-             "| prompt | best words | image | text | learned image | text |", "|---|---|---|---|---|---|"]
+             "| prompt | best words | image | text | learned image | learned text |", "|---|---|---|---|---|---|"]
     rows = []
     for concept in concepts:
         files = image_files(path.parent / concept.key)

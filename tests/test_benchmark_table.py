@@ -3,6 +3,7 @@ import json
 import pathlib
 import sys
 
+import pytest
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -21,3 +22,9 @@ def test_json_holds_the_cells_by_their_column_and_markdown_the_lines(tmp_path):
 
 def test_the_machine_is_told_with_its_threads():
     assert ", 7 threads, torch " in describe_machine(torch.device("cpu"), 7)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="one name"):
+        save_table([*LINES[:2], "| | steps | steps |", "|---|---|---|"], [tmp_path / "t.json"])
+    assert not (tmp_path / "t.json").exists()
