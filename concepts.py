@@ -29,6 +29,7 @@ class Concept(NamedTuple):
     captions: object = ()       # train_captions, of our JSONs: what Textual Inversion says of the pictures, {} for the
                                 # token; a dict has a tuple a file name, so that the token need not learn the rest
     validation: object = {}     # validation_prompts, likewise: what it chooses the step by, with the text for CLIP
+    init_word: str = ""         # init_word, likewise: what the token starts from; "" takes src_image
 
 
 def read_concepts(path):
@@ -78,7 +79,11 @@ def _concept(path, key, entry):
         templates("validation_prompts", list(validation))
     else:
         validation = {t: t.format(entry["src_image"]) for t in templates("validation_prompts", validation)}
-    return Concept(key, entry["src_image"], entry["token_name"], prompts, eval_prompts, baseline, captions, validation)
+    init_word = entry.get("init_word", "")
+    if not isinstance(init_word, str):
+        raise UserError(f'{path}: entry "{key}": "init_word" is a text')
+    texts = prompts, eval_prompts, baseline, captions, validation, init_word
+    return Concept(key, entry["src_image"], entry["token_name"], *texts)
 
 
 def placeholders(prompt):

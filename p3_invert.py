@@ -34,7 +34,7 @@ class Recipe(NamedTuple):
     accumulate: int = 1
     lr: float = 1.25e-3         # for one picture: times batch and accumulation, as the paper scales it
     vectors: int = 1
-    init_word: str = ""         # "" takes the concept's own
+    init_word: str = ""         # "" takes the concept's own, or what it is
     kind: str = "auto"          # object or style; auto reads it off the prompts
     flip: str = "auto"          # on or off; auto mirrors pictures unless the concept is one that a mirror changes
     crops: int = 4              # random crops a picture; one more is held back
@@ -312,7 +312,7 @@ def invert(model, tokens, concept, files, recipe, out, work, clip=None, deadline
     token, work = concept.token, output_folder(work)
     kind = kind_of(concept) if recipe.kind == "auto" else recipe.kind
     flip = may_flip(concept) if recipe.flip == "auto" else recipe.flip == "on"
-    word = recipe.init_word or concept.word
+    word = recipe.init_word or concept.init_word or concept.word
     with user_errors():
         if token not in tokens:
             tokens.add(token, tokens.initial(word, recipe.vectors), init_word=word)

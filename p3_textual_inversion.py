@@ -35,7 +35,7 @@ def arguments():
     parser.add_argument("--accumulate", type=int, default=default.accumulate, help="batches a step")
     parser.add_argument("--lr", type=float, default=default.lr, help="of one picture; scaled by their number a step")
     parser.add_argument("--vectors", type=int, default=default.vectors, help="vectors a token (default: 1)")
-    parser.add_argument("--init-word", default="", help='words to start from, say "corgi" (default: src_image)')
+    parser.add_argument("--init-word", default="", help='words to start from, say "corgi" (default: the JSON\'s)')
     parser.add_argument("--kind", default=default.kind, choices=["auto", "object", "style"], help="of the captions")
     parser.add_argument("--flip", default=default.flip, choices=["auto", "on", "off"], help="mirror every other crop")
     parser.add_argument("--crops", type=int, default=default.crops, help="random crops a picture")

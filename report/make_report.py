@@ -38,7 +38,7 @@ def digits(args):
 
 
 def faces(args):
-    """Problem 2: by eta, between two noises, and the speed."""
+    """Problem 2: by eta, and between two noises."""
     noise, unet = args.data / "face/noise", args.data / "face/UNet.pt"
     course = unet.is_file()
     if not course:
@@ -49,7 +49,6 @@ def faces(args):
         sheet = ["--interpolate", kind, "--grid", FIGURES / f"p2_{kind}.png"]
         yield "p2_ddim.py", noise, WORK / "faces", unet, *sheet, *eta
         eta = []
-    yield "benchmarks/p2.py", "--steps", 20, "--out", NUMBERS / "p2.json"
     write_json({"course": course}, NUMBERS / "p2_network.json")
 
 
@@ -84,7 +83,7 @@ PARTS = {
     "p1": (digits, ["figures/p1_grid_mnistm.png", "figures/p1_grid_svhn.png", "figures/p1_reverse.png",
                     "numbers/p1.json"]),
     "p2": (faces, ["figures/p2_eta.png", "figures/p2_slerp.png", "figures/p2_slerp.json", "figures/p2_linear.png",
-                   "figures/p2_linear.json", "numbers/p2.json", "numbers/p2_network.json"]),
+                   "figures/p2_linear.json", "numbers/p2_network.json"]),
     "p3": (text_to_image, ["figures/p3_zeroshot.png", "figures/tiny.png", "figures/tiny_inversion.png",
                            "figures/p3_multi.png", "numbers/p3_zeroshot.json", "numbers/tiny.json",
                            "numbers/tiny_inversion.json", "numbers/p3_multi.json"]),

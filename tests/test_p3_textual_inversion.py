@@ -287,12 +287,14 @@ def test_the_script_learns_all_concepts_and_chooses_by_a_clip(task, tmp_path, mo
 
 def test_the_json_may_bring_captions_of_its_own(task, tmp_path, monkeypatch):
     entries = json.loads(task[1].read_text())
-    entries["0"]["train_captions"] = ["an emoji of {}"]
+    entries["0"].update(train_captions=["an emoji of {}"], init_word="cat")
     task[1].write_text(json.dumps(entries))
     said, learn = {}, p3_invert.train
     monkeypatch.setattr(p3_invert, "train", lambda *a, **k: said.update({a[2]: a[5]}) or learn(*a, **k))
     assert script(monkeypatch, *task, "--clip", "none", "--preview-every", 0) == 0
     assert said == {"<new1>": [("an emoji of {}",)] * 2, "<new2>": [p3_invert.STYLE_CAPTIONS] * 2}
+    starts = [load_checkpoint(tmp_path / f"out/new{n}.pt")["init_word"] for n in (1, 2)]
+    assert starts == ["cat", "David Revoy"]
 
 
 def test_captions_of_one_picture_are_said_of_that_picture_alone(model, tmp_path, monkeypatch):
