@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from concepts import open_image
 from p3_clip import best_fifth, image_scores, text_scores
-from p3_model import generate, user_errors, weights_id
+from p3_model import fitting_batch, generate, user_errors, weights_id
 from utils import UserError, atomic, image_grid, load_checkpoint, output_folder, save_checkpoint, save_png
 
 
@@ -41,6 +41,7 @@ class Recipe(NamedTuple):
     norm_pull: float = 0.0      # share of the way to the vocabulary's mean norm that the vectors are pulled a step
     save_every: int = 50
     preview_every: int = 100
+    validation_pictures: int = 5    # of each prompt that steps are chosen on; the grader draws 25
     size: int = 512
     seed: int = 0
 
@@ -61,7 +62,6 @@ STYLE_VALIDATION = [
     "A lighthouse on a cliff in the style of {}.", "A crowded market in the style of {}.",
     "A castle by a lake in the style of {}.", "A train station in the style of {}.",
 ]
-VALIDATION_PICTURES = 5
 
 MIRROR_CHANGES = set("text letter letters word words number sign logo poster book map clock watch flag".split())
 
@@ -197,7 +197,7 @@ def optimize(model, token, vectors, optimizer, scaler, moments, captions, recipe
         t = torch.randint(model.num_timesteps, (recipe.batch,), generator=draw)
         loss = eps_loss(model, moments[pick.to(moments.device)], t, said, draw)
         scaler.scale(loss / recipe.accumulate).backward()
-        total += float(loss) / recipe.accumulate
+        total += float(loss.detach()) / recipe.accumulate
     scaler.step(optimizer)
     scaler.update()
     return total
@@ -234,8 +234,8 @@ def save_step(model, tokens, token, held, captions, recipe, work, losses, optimi
 
 
 def training_id(model, token, recipe):
-    """What a resumed training must share with the one it goes on from: all but the number of steps."""
-    settings = {k: v for k, v in recipe._asdict().items() if k != "steps"}
+    """What a resumed training must share with the one it goes on from: all but how long it is and how it is judged."""
+    settings = {k: v for k, v in recipe._asdict().items() if k not in ("steps", "validation_pictures")}
     return {**settings, "token": token, "model": weights_id(model), "precision": str(model.dtype)}
 
 
@@ -262,8 +262,11 @@ def grader_scores(model, token, concept, kind, sources, clip, recipe):
     validation, scores = concept.validation, []
     if not validation:
         validation = {t: t.format(concept.word) for t in (STYLE_VALIDATION if kind == "style" else OBJECT_VALIDATION)}
+    indices, most = range(recipe.validation_pictures), fitting_batch(model, recipe.size)
     for template, told in validation.items():
-        pictures = generate(model, template.format(token), range(VALIDATION_PICTURES), size=recipe.size, seed=1000)
+        parts = [indices[i : i + most] for i in range(0, len(indices), most)]
+        pictures = [generate(model, template.format(token), part, size=recipe.size, seed=1000) for part in parts]
+        pictures = torch.cat(pictures)
         pictures = clip.images([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures])
         text = text_scores(clip, pictures, told)
         scores.append(best_fifth(image_scores(clip, pictures, sources), text))
@@ -286,7 +289,7 @@ def choose(model, tokens, token, concept, kind, files, clip, recipe, work, deadl
     known = json.loads((work / "scores.json").read_text()) if (work / "scores.json").is_file() else {}
     sources, best = clip.images(files), None
     for loss, step, vectors in tqdm(saved, desc=f"score {token}", unit="checkpoint"):
-        name = f"{clip.name} {step}"
+        name = f"{clip.name}, {recipe.validation_pictures} pictures, step {step}"
         if name not in known:
             if best is not None and deadline is not None and time.monotonic() > deadline:
                 continue

@@ -42,11 +42,13 @@ def arguments():
     parser.add_argument("--norm-pull", type=float, default=default.norm_pull, help="toward the mean norm, a step")
     parser.add_argument("--save-every", type=int, default=default.save_every)
     parser.add_argument("--preview-every", type=int, default=default.preview_every, help="0: no previews")
+    parser.add_argument("--validation-pictures", type=int, default=default.validation_pictures, metavar="N",
+                        help="of each prompt that steps are chosen on (default: 5; the grader draws 25)")
     add_model_options(parser)
     add_device_options(parser)
     args = parser.parse_args()
     check_size(args.size)
-    for name in ("steps", "batch", "accumulate", "vectors", "crops", "save_every"):
+    for name in ("steps", "batch", "accumulate", "vectors", "crops", "save_every", "validation_pictures"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: take 1 or more")
     return args

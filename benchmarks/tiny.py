@@ -11,9 +11,10 @@ p3_clip_zeroshot.py reads them, DIR/{vendor}/val and id2label.json.
     python3 benchmarks/tiny.py --data runs/emoji --inversion tiny/textual_inversion/input.json --picture inversion.png
 
 scores, for each prompt of the JSON, the best plain words in the token's place (of the seen subjects nearest to the
-source pictures, or of the seen styles) as the grader does, which is what the JSON's baselines are, and beside it the
-learned token of the JSON's embeddings/. A row of the picture is a prompt: four of the sources, four pictures by the
-best words, four by the learned token.
+source pictures, or of the seen styles) as the grader does, in the mean of --draws, which is what the JSON's baselines
+are, and beside it the learned token of the JSON's embeddings/. A row of the picture is a prompt: four of the sources,
+four pictures by the best words, four by the learned token. --readable DIR lists instead the subjects that prompts of
+the held-back style can be graded by, DIR being the folder of its source pictures.
 """
 from __future__ import annotations
 
@@ -72,9 +73,13 @@ def generate(model, prompts, scale, steps, batch=50):
     return torch.cat(pictures)
 
 
+def pil(images):
+    return [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]
+
+
 def nearest_is_right(clip, images, captions):
     """Share of pictures whose nearest caption is the one of the same number."""
-    cosines = clip.images([Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]) @ clip.texts(captions).T
+    cosines = clip.images(pil(images)) @ clip.texts(captions).T
     return (cosines.argmax(1) == torch.arange(len(images))).float().mean().item()
 
 
@@ -111,12 +116,36 @@ def spoken(prompt, token, word):
     return prompt.replace(f"a {token}", word).replace(token, word)
 
 
-def scored(model, clip, prompt, told, sources):
-    """(25 pictures of a prompt, uint8; the grader's image and text scores, rounded as they are printed)."""
-    made = make_pictures(model, prompt, range(25))
-    seen = clip.images([Image.fromarray(x.permute(1, 2, 0).numpy()) for x in made])
-    scores = best_fifth(image_scores(clip, seen, sources), text_scores(clip, seen, told))
-    return made, [round(x, 2) for x in scores]
+def graded(clip, seen, told, sources):
+    """(image score [N], text score [N]) of the `Clip.images` of pictures."""
+    return image_scores(clip, seen, sources), text_scores(clip, seen, told)
+
+
+def readable(pictures, clip, sources):
+    """Lines on the seen subjects whose real picture in the held-back style beats, by both scores, the real one of the
+    seen style that has the best: only of these can a prompt tell the style from plain words. Sorted by text score."""
+    rows_of, found = {}, []
+    for split in ("train", "val", "style"):
+        for r in pictures.rows(split).tolist():
+            rows_of.setdefault(pictures.subject[r].item(), {}).setdefault(split == "style", []).append(r)
+    both = {pictures.subjects[s]: rows for s, rows in rows_of.items() if len(rows) == 2}
+    for name, rows in tqdm(both.items(), "read", leave=False):
+        image, text = graded(clip, clip.images(pil(pictures.images[rows[False] + rows[True][:1]])), name, sources)
+        best = (image + 2.5 * text)[:-1].argmax()
+        if image[-1] >= image[best] and text[-1] >= text[best]:
+            found.append([name, *(round(float(x), 2) for x in (image[best], text[best], image[-1], text[-1]))])
+    found.sort(key=lambda row: -row[-1])
+    head = ["| subject | best seen style: image | text | held back: image | text |", "|---|---|---|---|---|"]
+    return [f"{len(found)} of {len(both)} subjects", "", *head, *(f"| {' | '.join(map(str, row))} |" for row in found)]
+
+
+def scored(model, clip, prompt, told, sources, draws):
+    """(the first 25 pictures of a prompt, uint8; the grader's image and text scores, the mean of `draws` times 25)."""
+    pictures, scores = [], []
+    for draw in range(draws):
+        pictures.append(make_pictures(model, prompt, range(25 * draw, 25 * draw + 25)))
+        scores.append(best_fifth(*graded(clip, clip.images(pil(pictures[-1])), told, sources)))
+    return pictures[0], [round(sum(s) / draws, 2) for s in zip(*scores)]
 
 
 def inversion(model, clip, pictures, args):
@@ -124,7 +153,8 @@ def inversion(model, clip, pictures, args):
     path = pathlib.Path(args.inversion)
     tokens, concepts = learned_tokens(model), read_concepts(path)
     missing = load_embeddings(tokens, path.parent / "embeddings", [c.token for c in concepts])
-    lines = [f"{describe_machine(model.device)}; the best 5 of 25 pictures by {pathlib.Path(clip.name).name}", "",
+    lines = [f"{describe_machine(model.device)}; the best 5 of 25 pictures by {pathlib.Path(clip.name).name}, "
+             f"mean of {args.draws} draws", "",
              "| prompt | best words | image | text | learned image | learned text |", "|---|---|---|---|---|---|"]
     rows = []
     for concept in concepts:
@@ -132,12 +162,14 @@ def inversion(model, clip, pictures, args):
         sources, shown = clip.images(files), torch.stack([to_tensor(open_image(f)) for f in files])
         words = plain_words(pictures, clip, concept, sources)
         for prompt, told in zip(concept.prompts, concept.eval_prompts):
-            tried = [(spoken(prompt, concept.token, w), w) for w in words]
-            tried = [(*scored(model, clip, said, told, sources), w) for said, w in tqdm(tried, prompt, leave=False)]
+            tried = []
+            for word in tqdm(words, prompt, leave=False):
+                said = spoken(prompt, concept.token, word)
+                tried.append((*scored(model, clip, said, told, sources, args.draws), word))
             best, (image, text), word = max(tried, key=lambda t: t[1][0] + 2.5 * t[1][1])
             cells, row = [word, image, text, "-", "-"], [(shown * 255).byte()[:4], best[:4]]
             if concept.token not in missing:
-                made, cells[3:] = scored(model, clip, prompt, told, sources)
+                made, cells[3:] = scored(model, clip, prompt, told, sources, args.draws)
                 row.append(made[:4])
             rows += [*row, *[torch.full_like(best[:4], 255)] * (3 - len(row))]
             lines.append(f"| `{prompt}` | {' | '.join(map(str, cells))} |")
@@ -161,6 +193,8 @@ def parse(argv):
     option("--picture", metavar="FILE", help="real pictures above generated ones, at the third scale or the last")
     option("--zeroshot", metavar="DIR", help="only writes the held-back pictures for p3_clip_zeroshot.py")
     option("--inversion", metavar="JSON", help="the concepts of a JSON: plain words beside learned tokens")
+    option("--readable", metavar="DIR", help="only lists the subjects that the small CLIP reads in the held-back style")
+    option("--draws", type=int, default=4, help="of 25 pictures a prompt, for --inversion; the grader sees the first")
     add_device_options(parser)
     return parser.parse_args(argv)
 
@@ -174,6 +208,8 @@ def main(argv=None):
     rows = pictures.rows("val")[: args.count]
     real, captions = pictures.images[rows], [pictures.caption(r) for r in rows]
     clip = load_clip(args.clip, device)
+    if args.readable:
+        return print("\n".join(readable(pictures, clip, clip.images(image_files(pathlib.Path(args.readable))))))
     model = load_stable_diffusion(args.ckpt, device, pick_precision(args.precision, device))
     if args.inversion:
         lines = inversion(model, clip, pictures, args)

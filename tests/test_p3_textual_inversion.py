@@ -236,14 +236,19 @@ def test_the_clip_is_asked_for_the_texts_of_the_validation_prompts(tmp_path, mon
     entry = {"src_image": "dog", "token_name": "<new1>", "prompt": ["a <new1>"], **given}
     (tmp_path / "input.json").write_text(json.dumps({"0": entry}))
     told, drawn = [], []
-    blank = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
-    monkeypatch.setattr(p3_invert, "generate", lambda model, prompt, *a, **k: drawn.append(prompt) or blank)
-    monkeypatch.setattr(p3_invert, "text_scores", lambda clip, pictures, text: told.append(text) or torch.ones(5))
-    monkeypatch.setattr(p3_invert, "image_scores", lambda clip, pictures, sources: torch.ones(5))
+
+    def generate(model, prompt, indices, **settings):
+        drawn.append((prompt, len(indices)))
+        return torch.zeros(len(indices), 3, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(p3_invert, "generate", generate)
+    monkeypatch.setattr(p3_invert, "text_scores", lambda clip, seen, text: told.append(text) or torch.ones(len(seen)))
+    monkeypatch.setattr(p3_invert, "image_scores", lambda clip, seen, sources: torch.ones(len(seen)))
     monkeypatch.setattr(p3_invert, "STYLE_VALIDATION", p3_invert.STYLE_VALIDATION[:1])
     (concept,) = concepts.read_concepts(tmp_path / "input.json")
-    p3_invert.grader_scores(None, "<new1>", concept, "style", None, FakeClip(), TINY)
-    assert told == asked and len(drawn) == len(asked) and all("<new1>" in prompt for prompt in drawn)
+    monkeypatch.setattr(p3_invert, "fitting_batch", lambda model, size: 5)
+    p3_invert.grader_scores(None, "<new1>", concept, "style", None, FakeClip(), TINY._replace(validation_pictures=7))
+    assert told == asked and [n for _, n in drawn] == [5, 2] * len(asked) and all("<new1>" in p for p, _ in drawn)
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -263,7 +268,8 @@ def task(files, tmp_path):
     """The options of a run on two concepts."""
     json_file = p3_tiny.write_concepts(tmp_path / "data")
     folders = ["--data", json_file.parent, "--out", tmp_path / "out", "--work", tmp_path / "work"]
-    small = ["--size", 64, "--steps", 2, "--save-every", 1, "--batch-size", 2, "--crops", 2, "--precision", "fp32"]
+    small = ["--size", 64, "--steps", 2, "--save-every", 1, "--batch-size", 2, "--crops", 2, "--precision", "fp32",
+             "--validation-pictures", 2]
     return ["--json", json_file, "--config", files[0], "--ckpt", files[1], *folders, *small]
 
 
@@ -271,7 +277,6 @@ def test_the_script_learns_all_concepts_and_chooses_by_a_clip(task, tmp_path, mo
     clip_model = pytest.importorskip("clip.model")
     torch.manual_seed(0)
     torch.save(clip_model.CLIP(16, 32, 1, 64, 16, 77, 49408, 64, 1, 1).state_dict(), tmp_path / "clip.pt")
-    monkeypatch.setattr(p3_invert, "VALIDATION_PICTURES", 2)
     for kind in ("OBJECT", "STYLE"):
         monkeypatch.setattr(p3_invert, f"{kind}_VALIDATION", getattr(p3_invert, f"{kind}_VALIDATION")[:1])
     assert script(monkeypatch, *task, "--clip", tmp_path / "clip.pt", "--preview-every", 2) == 0
