@@ -42,6 +42,7 @@ class Recipe(NamedTuple):
     save_every: int = 50
     preview_every: int = 100
     validation_pictures: int = 5    # of each prompt that steps are chosen on; the grader draws 25
+    average: int = 1            # a step to choose from is the mean of so many saved ones, up to it
     size: int = 512
     seed: int = 0
 
@@ -235,7 +236,7 @@ def save_step(model, tokens, token, held, captions, recipe, work, losses, optimi
 
 def training_id(model, token, recipe):
     """What a resumed training must share with the one it goes on from: all but how long it is and how it is judged."""
-    settings = {k: v for k, v in recipe._asdict().items() if k not in ("steps", "validation_pictures")}
+    settings = {k: v for k, v in recipe._asdict().items() if k not in ("steps", "validation_pictures", "average")}
     return {**settings, "token": token, "model": weights_id(model), "precision": str(model.dtype)}
 
 
@@ -276,12 +277,16 @@ def grader_scores(model, token, concept, kind, sources, clip, recipe):
 def choose(model, tokens, token, concept, kind, files, clip, recipe, work, deadline=None):
     """(step, vectors, scores, by what) of the best saved step: by the grader's score, without a CLIP by the loss.
 
+    With `recipe.average` above 1 the vectors are means of saved steps (Polyak and Juditsky 1992), losses are not.
     With a deadline, steps are scored in the order of their held-back loss until time is out; scores.json keeps them.
     """
     saved = []
     for path in sorted(work.glob("step_*.pt")):
         content = load_checkpoint(path)
         saved.append((content["scores"]["held_back_loss"], content["step"], content[token]))
+    vectors = [v for *_, v in saved]
+    means = [torch.stack(vectors[max(0, i + 1 - recipe.average) : i + 1]).mean(0) for i in range(len(saved))]
+    saved = [(loss, step, mean) for (loss, step, _), mean in zip(saved, means)]
     saved.sort(key=lambda entry: entry[:2])
     if clip is None:
         loss, step, vectors = saved[0]
@@ -289,7 +294,7 @@ def choose(model, tokens, token, concept, kind, files, clip, recipe, work, deadl
     known = json.loads((work / "scores.json").read_text()) if (work / "scores.json").is_file() else {}
     sources, best = clip.images(files), None
     for loss, step, vectors in tqdm(saved, desc=f"score {token}", unit="checkpoint"):
-        name = f"{clip.name}, {recipe.validation_pictures} pictures, step {step}"
+        name = f"{clip.name}, {recipe.validation_pictures} pictures, mean of {recipe.average}, step {step}"
         if name not in known:
             if best is not None and deadline is not None and time.monotonic() > deadline:
                 continue

@@ -44,11 +44,14 @@ def arguments():
     parser.add_argument("--preview-every", type=int, default=default.preview_every, help="0: no previews")
     parser.add_argument("--validation-pictures", type=int, default=default.validation_pictures, metavar="N",
                         help="of each prompt that steps are chosen on (default: 5; the grader draws 25)")
+    parser.add_argument("--average", type=int, default=default.average, metavar="N",
+                        help="means of N saved steps to choose from (default: 1, the steps themselves)")
     add_model_options(parser)
     add_device_options(parser)
     args = parser.parse_args()
     check_size(args.size)
-    for name in ("steps", "batch", "accumulate", "vectors", "crops", "save_every", "validation_pictures"):
+    for name in ("steps", "batch", "accumulate", "vectors", "crops", "save_every", "validation_pictures",
+                 "average"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: take 1 or more")
     return args

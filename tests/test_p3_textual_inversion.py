@@ -212,6 +212,9 @@ def test_the_lowest_loss_is_chosen_and_with_a_clip_the_best_score(model, tmp_pat
     step, vectors, scores, why = p3_invert.choose(*arguments, None, TINY, tmp_path)
     assert step == 2 and float(vectors[0, 0]) == 2 and scores == {"held_back_loss": 0.3} and "eps loss" in why
 
+    step, vectors, *_ = p3_invert.choose(*arguments, None, TINY._replace(average=2), tmp_path)
+    assert step == 2 and float(vectors[0, 0]) == 1.5         # of steps 1 and 2
+
     grades = {1: (80, 30), 2: (79, 30), 3: (75, 33)}         # image + 2.5 text: 155, 154, 157.5
     calls = []
 
