@@ -1,9 +1,10 @@
 """The face U-Net of Problem 2: DDPM's for 256x256 CelebA-HQ (Ho et al. 2020, appendix B), as in UNet.pt.
 
-    model = UNet().eval()                       # 113.7 M parameters; UNet(channel=32) is the same, narrower: 7.1 M
-    model.load_state_dict(torch.load("hw2_data/face/UNet.pt"))
-    eps = model(x_t, t)                         # [B, 3, H, W] in and out, multiples of 32; t int64 [B], 0 .. 999
+model = UNet().eval()                       # 113.7 M parameters; UNet(channel=32) is the same, narrower: 7.1 M
+model.load_state_dict(torch.load("hw2_data/face/UNet.pt"))
+eps = model(x_t, t)                         # [B, 3, H, W] in and out, multiples of 32; t int64 [B], 0 .. 999
 """
+
 from __future__ import annotations
 
 import math
@@ -34,13 +35,10 @@ class UNet(nn.Module):
         super().__init__()
         groups, c_time = norm_groups(channel), 4 * channel
         self.time = nn.Sequential(
-            TimeEmbedding(channel),
-            nn.Linear(channel, c_time),
-            nn.SiLU(),
-            nn.Linear(c_time, c_time),
+            TimeEmbedding(channel), nn.Linear(channel, c_time), nn.SiLU(), nn.Linear(c_time, c_time)
         )
-        c, skips = 3, []                        # width so far; widths of the skips, one for every layer on the way down
-        self.path = []                          # names of the layers in the order of forward()
+        c, skips = 3, []  # width so far; widths of the skips, one for every layer on the way down
+        self.path = []  # names of the layers in the order of forward()
         for part, layers in (("down", DOWN), ("mid", MID), ("up", UP)):
             for i, layer in enumerate(layers, start=1):
                 kind, c_out = layer[:-1], int(layer[-1]) * channel
@@ -64,7 +62,7 @@ class UNet(nn.Module):
     def forward(self, x, t):
         if x.shape[-1] % 32 or x.shape[-2] % 32:
             raise ValueError(f"a picture of {x.shape[-2]}x{x.shape[-1]}: height and width must be multiples of 32")
-        emb = self.time[1:](self.time[0](t).to(x.dtype))                # [B, 4 channel]
+        emb = self.time[1:](self.time[0](t).to(x.dtype))  # [B, 4 channel]
         skips = []
         for name in self.path:
             layer = getattr(self, name)
@@ -126,8 +124,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):
         h = self.conv1(silu(self.norm1(x)))
-        h += self.time(emb)[:, :, None, None]           # in place: at 256x256 memory traffic is a tenth of the time,
-        h = self.conv2(silu(self.norm2(h)))             # and no gradient needs a convolution's output
+        h += self.time(emb)[:, :, None, None]  # in place: at 256x256 memory traffic is a tenth of the time,
+        h = self.conv2(silu(self.norm2(h)))  # and no gradient needs a convolution's output
         h += self.skip(x)
         return h
 
@@ -141,7 +139,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         b, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=2)     # [B, HW, c] each
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=2)  # [B, HW, c] each
         mixed = attention(q, k, v)
         return x + self.out(mixed.transpose(1, 2).view(b, c, h, w))
 

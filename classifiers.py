@@ -1,8 +1,9 @@
 """Digit classifiers: they judge generated digits, in training and in grading.
 
-    from classifiers import load_classifier, predict
-    digits = predict(load_classifier("checkpoints/svhn_classifier.pth"), images)     # uint8 [N, 3, 28, 28] -> int64 [N]
+from classifiers import load_classifier, predict
+digits = predict(load_classifier("checkpoints/svhn_classifier.pth"), images)     # uint8 [N, 3, 28, 28] -> int64 [N]
 """
+
 from __future__ import annotations
 
 import torch

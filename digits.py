@@ -1,8 +1,9 @@
 """Reads hw2_data/digits/{mnistm,svhn,usps}: a folder of PNGs and a csv `image_name,label`, into one uint8 tensor.
 
-    from digits import load_digits
-    images, labels = load_digits("hw2_data/digits", "svhn", "train")        # uint8 [N, 3, 28, 28], int64 [N]
+from digits import load_digits
+images, labels = load_digits("hw2_data/digits", "svhn", "train")        # uint8 [N, 3, 28, 28], int64 [N]
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -99,7 +100,7 @@ def _read_cached(folder, names):
     with ThreadPoolExecutor() as pool:
         paths = [data / n for n in names]
         read = tqdm(pool.map(read_image, paths), total=len(paths), desc=f"reading {folder.name}", leave=False)
-        images = np.ascontiguousarray(np.stack(list(read)))         # noise like a picture follows its memory layout
+        images = np.ascontiguousarray(np.stack(list(read)))  # noise like a picture follows its memory layout
     with contextlib.suppress(OSError), atomic(
         cache
     ) as temporary:  # a read-only data folder only costs the second start

@@ -1,9 +1,10 @@
 """Generates the digits of Problem 1.
 
-    python3 p1_infer.py output                      # output/{mnistm,svhn}/{digit}_{001..050}.png, 1,000 pictures
-    python3 p1_infer.py --grid grid.png             # grid_mnistm.png, grid_svhn.png: rows digits, columns noises
-    python3 p1_infer.py --trajectory reverse.png    # six stages of the reverse process, first 0 of each domain
+python3 p1_infer.py output                      # output/{mnistm,svhn}/{digit}_{001..050}.png, 1,000 pictures
+python3 p1_infer.py --grid grid.png             # grid_mnistm.png, grid_svhn.png: rows digits, columns noises
+python3 p1_infer.py --trajectory reverse.png    # six stages of the reverse process, first 0 of each domain
 """
+
 from __future__ import annotations
 
 import argparse

@@ -1,8 +1,9 @@
 """The network of Problem 1: a small U-Net for 28x28 digits, conditional on time, digit and domain.
 
-    model = DigitUNet()
-    v = model(x_t, t, digit, domain)            # [B, 3, 28, 28] in and out, int64 [B] each; digit 10 = no digit
+model = DigitUNet()
+v = model(x_t, t, digit, domain)            # [B, 3, 28, 28] in and out, int64 [B] each; digit 10 = no digit
 """
+
 from __future__ import annotations
 
 import math
@@ -64,8 +65,8 @@ class Attention(nn.Module):
     def forward(self, x, emb):
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w)
-        q, k, v = qkv.unbind(1)                                                     # [B, heads, 64, HW]
-        weight = (q.transpose(2, 3) @ k * (c // self.heads) ** -0.5).softmax(-1)    # [B, heads, HW, HW]
+        q, k, v = qkv.unbind(1)  # [B, heads, 64, HW]
+        weight = (q.transpose(2, 3) @ k * (c // self.heads) ** -0.5).softmax(-1)  # [B, heads, HW, HW]
         return x + self.out((v @ weight.transpose(2, 3)).reshape(b, c, h, w))
 
 

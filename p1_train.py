@@ -6,6 +6,7 @@
 Leaves in --out: last.ckpt (resumable), best.pt (EMA weights in half precision, the best by accuracy of generated
 digits; copy it to checkpoints/p1_unet.pt), last.pt (those of the last epoch), samples/*.png, csv/ and tensorboard/.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -14,9 +15,9 @@ import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import lightning.pytorch as pl
+import pytorch_lightning as pl
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import EMAWeightAveraging
 
 from classifiers import load_classifier, predict
 from diffusion import run, schedule, training_loss

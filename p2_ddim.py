@@ -7,6 +7,7 @@ The recipe of the course's ground truth: 50 uniform steps t = 981, 961, ..., 1, 
 clamped to [-1, 1]; each picture stretched from its own minimum and maximum to [0, 255]. In the sheets [-1, 1] becomes
 [0, 255] instead, so that contrast can be compared. With eta > 0, picture i draws its noise from the seed + i.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -44,7 +45,7 @@ from utils import (
 T = 1000
 ETAS = [0.0, 0.25, 0.5, 0.75, 1.0]
 ALPHAS = [i / 10 for i in range(11)]
-MSE_BOUND = 20.0                                            # the course's, on 0..255
+MSE_BOUND = 20.0  # the course's, on 0..255
 
 
 def parse(argv=None):
@@ -125,7 +126,7 @@ class Sampler:
     def __init__(self, args):
         self.path, self.seed, self.batch_size = args.unet, args.seed, args.batch_size
         self.device = pick_device(args.device)
-        precision = "fp32" if args.precision == "auto" else args.precision      # the result is compared with a truth
+        precision = "fp32" if args.precision == "auto" else args.precision  # the result is compared with a truth
         self.dtype = pick_precision(precision, self.device)
         unet = load_unet(args.unet)
         self.channel = unet.time[1].in_features
@@ -138,7 +139,7 @@ class Sampler:
         indices = range(len(noises)) if indices is None else indices
         with tqdm(total=len(noises) * (len(self.times) - 1), desc=label, unit="step") as bar:
             for i, j in self.batches(noises):
-                x = torch.stack(noises[i:j]).to(self.device)                                    # [B, 3, S, S]
+                x = torch.stack(noises[i:j]).to(self.device)  # [B, 3, S, S]
                 noise = noise_stream(self.seed, indices[i:j], x.shape[1:], self.device)
                 for _t, x, _x_0 in ddim(self.eps_model, x, self.alpha_bar, self.times, eta, noise):  # noqa: B020
                     bar.update(len(x))
@@ -178,7 +179,7 @@ def make_eps_model(unet, device, dtype):
     layout = torch.channels_last if fast else torch.contiguous_format
     unet = unet.requires_grad_(False).to(device, memory_format=layout)
     for parameter in unet.parameters():
-        parameter.data = parameter.data.to(dtype)           # not the time embedding's buffer, though
+        parameter.data = parameter.data.to(dtype)  # not the time embedding's buffer, though
     return lambda x_t, t: unet(x_t.to(dtype).contiguous(memory_format=layout), t).float()
 
 
@@ -197,8 +198,11 @@ def write_interpolation(sampler, a, b, kind, eta, path):
     pictures = torch.stack(list(sampler(noises, eta, kind, [0] * len(noises))))
     pictures = to_uint8(pictures)
     save_png(image_grid(pictures, columns=len(noises)), path)
-    told = {"alphas": ALPHAS, "norms": [round(float(x.norm() / a.norm()), 2) for x in noises],
-            "contrasts": [round(float(x.float().std())) for x in pictures]}
+    told = {
+        "alphas": ALPHAS,
+        "norms": [round(float(x.norm() / a.norm()), 2) for x in noises],
+        "contrasts": [round(float(x.float().std())) for x in pictures],
+    }
     with atomic(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(told) + "\n")
     for name in ("norms", "contrasts"):
@@ -264,7 +268,7 @@ def check_ends(noises, between, folder):
 def make_noise(folder, count, size, seed):
     """Writes folder/00.pt ...: standard normal float32 [1, 3, size, size], file i from seed + i."""
     for i in range(count):
-        buffer = io.BytesIO()                               # given a path, torch.save writes its name into the file
+        buffer = io.BytesIO()  # given a path, torch.save writes its name into the file
         torch.save(noise_stream(seed, [i], (3, size, size))(), buffer)
         with atomic(folder / f"{i:02d}.pt") as temporary:
             temporary.write_bytes(buffer.getvalue())

@@ -5,6 +5,7 @@
 Leaves in --out: last.ckpt (resumable), last.pt (EMA weights in half precision; copy it to checkpoints/p2_faces.pt),
 samples/*.png (16 faces after every epoch), csv/ and tensorboard/. p2_ddim.py takes last.pt as it takes UNet.pt.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -15,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import lightning.pytorch as pl
 import numpy as np
+import pytorch_lightning as pl
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from PIL import Image, ImageOps
+from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -49,7 +50,7 @@ class FaceDiffusion(pl.LightningModule):
     def __init__(self, config, lr, total_steps, warmup):
         super().__init__()
         self.config, self.lr, self.total_steps, self.warmup = config, lr, total_steps, warmup
-        self.alpha_bar = schedule("linear", 1000)           # what p2_ddim.py samples with
+        self.alpha_bar = schedule("linear", 1000)  # what p2_ddim.py samples with
         self.model = UNet(config["channel"]).to(memory_format=torch.channels_last)
 
     def loss(self, images, **fixed):
@@ -91,7 +92,7 @@ class Samples(pl.Callback):
             x = run(ddim(module.model, noise(), module.alpha_bar, timesteps(1000, 50, "course")))
         save_png(image_grid(to_uint8(x).cpu(), 8), self.out / "samples" / f"{trainer.global_step:07d}.png")
         state_dict = module.model.state_dict()
-        frequencies = {"time.0.inv_freq": state_dict["time.0.inv_freq"].cpu()}      # rounded, they would move t
+        frequencies = {"time.0.inv_freq": state_dict["time.0.inv_freq"].cpu()}  # rounded, they would move t
         checkpoint = {
             "state_dict": {**half(state_dict), **frequencies},
             "config": module.config,

@@ -5,6 +5,7 @@
 
 One network, that of the `clip` package, whatever file the weights come from.
 """
+
 from __future__ import annotations
 
 import json
@@ -22,9 +23,9 @@ from utils import UserError, load_checkpoint
 
 try:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                      # it imports pkg_resources, which setuptools warns of
+        warnings.simplefilter("ignore")  # it imports pkg_resources, which setuptools warns of
         import clip as openai_clip
-except ImportError as e:                                     # it needs pkg_resources, which setuptools 81 no longer has
+except ImportError as e:  # it needs pkg_resources, which setuptools 81 no longer has
     openai_clip, IMPORT_ERROR = None, str(e)
 
 
@@ -33,14 +34,16 @@ class Clip:
 
     def __init__(self, network, device, name=""):
         self.network, self.device, self.name = network.eval().requires_grad_(False).to(device), device, name
-        self.logit_scale = float(network.logit_scale.exp())         # 100 for OpenAI's models
+        self.logit_scale = float(network.logit_scale.exp())  # 100 for OpenAI's models
         size = network.visual.input_resolution
-        self.preprocess = transforms.Compose([
-            transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(size),
-            transforms.ToTensor(),
-            transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-        ])
+        self.preprocess = transforms.Compose(
+            [
+                transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
+                transforms.CenterCrop(size),
+                transforms.ToTensor(),
+                transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+            ]
+        )
 
     @torch.no_grad()
     def images(self, pictures, batch_size=64):
@@ -117,7 +120,7 @@ def _build(state, path):
     sizes = {"input_resolution", "context_length", "vocab_size"}
     state = {k: v for k, v in state.items() if torch.is_tensor(v) and k not in sizes and not k.endswith("attn_mask")}
     try:
-        network = openai_clip.model.build_model(dict(state)).float()       # build_model rounds to float16
+        network = openai_clip.model.build_model(dict(state)).float()  # build_model rounds to float16
         network.load_state_dict(state)
     except (KeyError, RuntimeError, ZeroDivisionError, IndexError, AttributeError) as e:
         raise UserError(f"{path}: not the weights of a CLIP model ({str(e)[:150]})") from None
@@ -166,8 +169,16 @@ def read_torchscript(archive, path):
         with archive.open(f"{root}/data.pkl") as f:
             module = Unpickler(f).load()
         return dict(_tensors(module))
-    except (pickle.UnpicklingError, zipfile.BadZipFile, LookupError, ValueError, EOFError, RuntimeError, TypeError,
-            AttributeError) as e:
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        LookupError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+    ) as e:
         raise UserError(f"{path}: a damaged or foreign TorchScript archive ({str(e)[:150]}); fetch it again") from None
 
 
@@ -190,7 +201,7 @@ def _fetch(name):
         root = pathlib.Path(os.path.expanduser("~/.cache/clip"))
         if not (root / f"{name.replace('/', '-').replace('@', '-')}.pt").is_file():
             print(f"downloading CLIP {name} to {root}")
-        try:                                                                 # _download verifies the SHA-256
+        try:  # _download verifies the SHA-256
             return pathlib.Path(openai_clip.clip._download(openai_clip.clip._MODELS[name], str(root)))
         except (OSError, RuntimeError) as e:
             raise UserError(_unreachable(name, e)) from None
@@ -202,7 +213,7 @@ def _fetch(name):
 
 def _fetch_from_hub(name):
     error = ""
-    for offline in (True, False):                            # what transformers has cached already serves
+    for offline in (True, False):  # what transformers has cached already serves
         try:
             from huggingface_hub import snapshot_download
 
@@ -212,20 +223,22 @@ def _fetch_from_hub(name):
             folder = pathlib.Path(snapshot_download(name, allow_patterns=wanted, local_files_only=offline))
             if len([f for f in wanted if (folder / f).is_file()]) > 1:
                 return folder
-        except Exception as e:                               # the hub's library has a dozen kinds of network errors
+        except Exception as e:  # the hub's library has a dozen kinds of network errors
             error = e
     raise UserError(_unreachable(name, error))
 
 
 def _unreachable(name, error):
     reason = " ".join(str(error).split())[:100]
-    return (f"CLIP {name} is not in the cache and cannot be downloaded ({reason}); "
-            "where the network is closed, give --clip or --model the path of the weights")
+    return (
+        f"CLIP {name} is not in the cache and cannot be downloaded ({reason}); "
+        "where the network is closed, give --clip or --model the path of the weights"
+    )
 
 
 # -------------------------------------------------------------------------------- transformers' layout
 
-_NAMES = [                                                   # transformers -> OpenAI
+_NAMES = [  # transformers -> OpenAI
     ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
     ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
     ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
@@ -250,7 +263,7 @@ def _from_transformers(folder):
         parts = [config.get("text_config") or {}, config.get("vision_config") or {}]
     except (OSError, ValueError, AttributeError) as e:
         raise UserError(f"{folder}/config.json: cannot be read ({e}); expected transformers' CLIP layout") from None
-    for part, width, heads in zip(parts, (512, 768), (8, 12)):               # transformers' defaults, those of ViT-B/32
+    for part, width, heads in zip(parts, (512, 768), (8, 12)):  # transformers' defaults, those of ViT-B/32
         activation = part.get("hidden_act", "quick_gelu")
         if activation != "quick_gelu" or part.get("hidden_size", width) != 64 * part.get("num_attention_heads", heads):
             raise UserError(f"{folder}/config.json: not one of OpenAI's CLIP models (quick_gelu, 64 channels a head)")

@@ -4,6 +4,7 @@
 
 Writes zeroshot.json (all answers), examples.txt and examples.png (top row right, bottom row wrong) to --out.
 """
+
 from __future__ import annotations
 
 import argparse

@@ -5,11 +5,12 @@
 Run again after an interruption it makes what is missing: OUT/.manifest.json tells how each picture was made. With
 --prompt "A <new1> next to a <new2>." it draws that prompt instead and writes OUT/prompt.png, one sheet of all pictures.
 """
+
 from __future__ import annotations
 
 import time
 
-START = time.monotonic()                                     # the graders' clock runs while torch is being imported
+START = time.monotonic()  # the graders' clock runs while torch is being imported
 
 import argparse  # noqa: E402
 import hashlib  # noqa: E402
@@ -23,7 +24,7 @@ from tqdm import tqdm  # noqa: E402
 
 import p3_invert  # noqa: E402
 import p3_model  # noqa: E402
-from concepts import image_files, placeholders, read_concepts  # noqa: E402
+from p3_concepts import image_files, placeholders, read_concepts  # noqa: E402
 from utils import (  # noqa: E402
     UserError,
     add_device_options,
@@ -36,7 +37,7 @@ from utils import (  # noqa: E402
     save_png,
 )
 
-FEWEST_STEPS = 8                                             # below this DPM-Solver++ pictures fall apart
+FEWEST_STEPS = 8  # below this DPM-Solver++ pictures fall apart
 MANIFEST = ".manifest.json"
 
 
@@ -52,7 +53,7 @@ class Settings(NamedTuple):
     size: int
     seed: int
     precision: str
-    weights: str                # p3_model.weights_id
+    weights: str  # p3_model.weights_id
 
 
 def recipe_id(settings, tokens, prompt, index, steps):
@@ -124,14 +125,14 @@ class Clock:
 
     def __init__(self, deadline):
         self.deadline = deadline
-        self.step, self.rest = 0.0, 0.0                      # seconds a picture: for one step, and beside the steps
+        self.step, self.rest = 0.0, 0.0  # seconds a picture: for one step, and beside the steps
 
     def start(self, make, batch):
         """Measures the speed, once, where there is a deadline; make(steps) makes `batch` pictures."""
         seconds = []
         if self.deadline is None or self.step:
             return
-        for steps in (1, 1, 3):                              # the first one also pays for starting up
+        for steps in (1, 1, 3):  # the first one also pays for starting up
             begin = time.monotonic()
             make(steps)
             seconds.append((time.monotonic() - begin) / batch)

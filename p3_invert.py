@@ -5,6 +5,7 @@
 
 p3_textual_inversion.py runs this for all concepts of a JSON, p3_infer.py for a token that has no embedding yet.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -20,8 +21,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
-from concepts import open_image
 from p3_clip import best_fifth, image_scores, text_scores
+from p3_concepts import open_image
 from p3_model import fitting_batch, generate, user_errors, weights_id
 from utils import UserError, atomic, image_grid, load_checkpoint, output_folder, save_checkpoint, save_png
 
@@ -32,17 +33,17 @@ class Recipe(NamedTuple):
     steps: int = 400
     batch: int = 4
     accumulate: int = 1
-    lr: float = 1.25e-3         # for one picture: times batch and accumulation, as the paper scales it
+    lr: float = 1.25e-3  # for one picture: times batch and accumulation, as the paper scales it
     vectors: int = 1
-    init_word: str = ""         # "" takes the concept's own, or what it is
-    kind: str = "auto"          # object or style; auto reads it off the prompts
-    flip: str = "auto"          # on or off; auto mirrors pictures unless the concept is one that a mirror changes
-    crops: int = 4              # random crops a picture; one more is held back
-    norm_pull: float = 0.0      # share of the way to the vocabulary's mean norm that the vectors are pulled a step
+    init_word: str = ""  # "" takes the concept's own, or what it is
+    kind: str = "auto"  # object or style; auto reads it off the prompts
+    flip: str = "auto"  # on or off; auto mirrors pictures unless the concept is one that a mirror changes
+    crops: int = 4  # random crops a picture; one more is held back
+    norm_pull: float = 0.0  # share of the way to the vocabulary's mean norm that the vectors are pulled a step
     save_every: int = 50
     preview_every: int = 100
-    validation_pictures: int = 5    # of each prompt that steps are chosen on; the grader draws 25
-    average: int = 1            # a step to choose from is the mean of so many saved ones, up to it
+    validation_pictures: int = 5  # of each prompt that steps are chosen on; the grader draws 25
+    average: int = 1  # a step to choose from is the mean of so many saved ones, up to it
     size: int = 512
     seed: int = 0
 
@@ -56,19 +57,23 @@ STYLE_CAPTIONS += [f"{thing} in the style of {{}}" for thing in THINGS]
 
 # What checkpoints are chosen on: unlike the captions above, and unlike the course's prompts.
 OBJECT_VALIDATION = [
-    "A {} walking along a sandy beach.", "A {} in front of the Eiffel Tower.", "A {} sitting in a library.",
+    "A {} walking along a sandy beach.",
+    "A {} in front of the Eiffel Tower.",
+    "A {} sitting in a library.",
     "A {} on a snowy mountain.",
 ]
 STYLE_VALIDATION = [
-    "A lighthouse on a cliff in the style of {}.", "A crowded market in the style of {}.",
-    "A castle by a lake in the style of {}.", "A train station in the style of {}.",
+    "A lighthouse on a cliff in the style of {}.",
+    "A crowded market in the style of {}.",
+    "A castle by a lake in the style of {}.",
+    "A train station in the style of {}.",
 ]
 
 MIRROR_CHANGES = set("text letter letters word words number sign logo poster book map clock watch flag".split())
 
 
 def kind_of(concept):
-    """"style" where a prompt says "in the style of <token>", else "object"."""
+    """ "style" where a prompt says "in the style of <token>", else "object"."""
     return "style" if any(f"style of {concept.token}" in p for p in concept.prompts) else "object"
 
 
@@ -207,7 +212,7 @@ def optimize(model, token, vectors, optimizer, scaler, moments, captions, recipe
 def grad_scaler(model):
     """Keeps float16 gradients from vanishing; does nothing in other precisions."""
     enabled = model.dtype == torch.float16
-    new = getattr(getattr(torch, "amp", None), "GradScaler", None)           # before torch 2.3: in torch.cuda.amp
+    new = getattr(getattr(torch, "amp", None), "GradScaler", None)  # before torch 2.3: in torch.cuda.amp
     return new(model.device.type, enabled=enabled) if new else torch.cuda.amp.GradScaler(enabled=enabled)
 
 

@@ -1,8 +1,9 @@
 """Stable Diffusion as Problem 3 uses it: loading, learned embeddings on disk, pictures of a prompt.
 
-    model = load_stable_diffusion("model.ckpt", device, torch.float16)
-    pictures = generate(model, "A photo of a dog", range(4))         # uint8 [4, 3, 512, 512]
+model = load_stable_diffusion("model.ckpt", device, torch.float16)
+pictures = generate(model, "A photo of a dog", range(4))         # uint8 [4, 3, 512, 512]
 """
+
 from __future__ import annotations
 
 import contextlib

@@ -6,14 +6,15 @@
 Steps, previews and losses go to --work; run again, it resumes there. At the end the step with the best grader's score
 (CLIP ViT-B/32 on validation prompts of our own) is kept, or without a CLIP the one with the lowest held-back loss.
 """
+
 from __future__ import annotations
 
 import argparse
 import pathlib
 import time
 
-from concepts import image_files, read_concepts
 from p3_clip import load_clip
+from p3_concepts import image_files, read_concepts
 from p3_invert import Recipe, invert
 from p3_model import add_model_options, check_size, embedding_path, learned_tokens, load_stable_diffusion, own_size
 from utils import UserError, add_device_options, cli, output_folder, pick_device, pick_precision
@@ -42,16 +43,25 @@ def arguments():
     parser.add_argument("--norm-pull", type=float, default=default.norm_pull, help="toward the mean norm, a step")
     parser.add_argument("--save-every", type=int, default=default.save_every)
     parser.add_argument("--preview-every", type=int, default=default.preview_every, help="0: no previews")
-    parser.add_argument("--validation-pictures", type=int, default=default.validation_pictures, metavar="N",
-                        help="of each prompt that steps are chosen on (default: 5; the grader draws 25)")
-    parser.add_argument("--average", type=int, default=default.average, metavar="N",
-                        help="means of N saved steps to choose from (default: 1, the steps themselves)")
+    parser.add_argument(
+        "--validation-pictures",
+        type=int,
+        default=default.validation_pictures,
+        metavar="N",
+        help="of each prompt that steps are chosen on (default: 5; the grader draws 25)",
+    )
+    parser.add_argument(
+        "--average",
+        type=int,
+        default=default.average,
+        metavar="N",
+        help="means of N saved steps to choose from (default: 1, the steps themselves)",
+    )
     add_model_options(parser)
     add_device_options(parser)
     args = parser.parse_args()
     check_size(args.size)
-    for name in ("steps", "batch", "accumulate", "vectors", "crops", "save_every", "validation_pictures",
-                 "average"):
+    for name in ("steps", "batch", "accumulate", "vectors", "crops", "save_every", "validation_pictures", "average"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: take 1 or more")
     return args

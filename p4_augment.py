@@ -1,8 +1,9 @@
 """Random views of digits that carry from one domain to another, of whole batches: moved, recoloured, coarser.
 
-    from p4_augment import SOURCE_ZOOM, augment
-    views = augment(images, SOURCE_ZOOM, crowd=0.5)         # [B, 3, 28, 28] in [-1, 1], drawn by torch's generator
+from p4_augment import SOURCE_ZOOM, augment
+views = augment(images, SOURCE_ZOOM, crowd=0.5)         # [B, 3, 28, 28] in [-1, 1], drawn by torch's generator
 """
+
 from __future__ import annotations
 
 import torch
@@ -32,9 +33,9 @@ def move(x, zoom, crowd):
         torch.stack([angle.cos(), shear - angle.sin(), uniform(x, -0.2, 0.2)], 1) / uniform(x, *zoom[0], 1),
         torch.stack([angle.sin(), angle.cos(), uniform(x, -0.2, 0.2)], 1) / uniform(x, *zoom[1], 1),
     ]
-    grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)      # [B, 28, 28, (x, y)]
+    grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)  # [B, 28, 28, (x, y)]
     if crowd:
-        wide = torch.cat([x.roll(1, 0)[..., :24], x, x.roll(2, 0)[..., 4:]], 3)         # [B, 3, 28, 24 + 28 + 24]
+        wide = torch.cat([x.roll(1, 0)[..., :24], x, x.roll(2, 0)[..., 4:]], 3)  # [B, 3, 28, 24 + 28 + 24]
         alone = uniform(x, 0, 1, 1, 1, 1) > crowd
         grid = torch.where(alone, grid.clamp(-27 / 28, 27 / 28), grid)
         grid, x = grid * torch.tensor([28 / 76, 1.0], device=x.device), wide
@@ -55,5 +56,5 @@ def coarsen(x):
     channel."""
     soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2.0, mode="bilinear", align_corners=False)
     x = torch.lerp(x, soft, uniform(x, -1, 1, 1, 1, 1).clamp(min=0))
-    steps = uniform(x, 1.5, 5.5, 1, 1, 1).round()           # [-1, 1] has 2 steps + 1 levels
+    steps = uniform(x, 1.5, 5.5, 1, 1, 1).round()  # [-1, 1] has 2 steps + 1 levels
     return torch.where(uniform(x, 0, 1, 1, 1, 1) < 0.2, (x * steps).round() / steps, x)

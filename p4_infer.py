@@ -7,6 +7,7 @@ output.csv has the header image_name,label and a row for each *.png, sorted by n
 folder's path: the last component with svhn or usps in it. --gt prints the accuracy on the pictures that its csv names;
 where that is the train.csv of p4_train.py, --held-back takes those of them that it did not train on.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,7 +39,7 @@ SCENARIOS = ("svhn", "usps")
 
 
 def scenario_of(folder):
-    """"svhn" or "usps": what the last telling component of the folder's path names; raises UserError."""
+    """ "svhn" or "usps": what the last telling component of the folder's path names; raises UserError."""
     for part in reversed(pathlib.Path(folder).absolute().parts):
         named = [s for s in SCENARIOS if s in part.lower()]
         if len(named) == 1:

@@ -1,9 +1,10 @@
 """The networks of domain-adversarial training (DANN, Ganin et al. 2016): one for both scenarios.
 
-    from p4_model import load_digit_net, predict
-    net, config = load_digit_net("checkpoints/p4_svhn_dann.pt")
-    digits = predict(net, images, config["domain"])             # uint8 [N, 3, 28, 28] -> int64 [N]
+from p4_model import load_digit_net, predict
+net, config = load_digit_net("checkpoints/p4_svhn_dann.pt")
+digits = predict(net, images, config["domain"])             # uint8 [N, 3, 28, 28] -> int64 [N]
 """
+
 from __future__ import annotations
 
 import torch
@@ -13,10 +14,10 @@ from tqdm import tqdm
 
 from utils import UserError, load_checkpoint, load_weights
 
-SOURCE, TARGET = 0, 1               # index of a domain, and the domain classifier's label
+SOURCE, TARGET = 0, 1  # index of a domain, and the domain classifier's label
 NORMS = ("batch", "domain", "instance", "instance-domain")
 FEATURES = 128
-HELD_BACK = {"mnistm": 0.1, "svhn": 0.2, "usps": 0.2}       # for validation, where a domain has no val.csv
+HELD_BACK = {"mnistm": 0.1, "svhn": 0.2, "usps": 0.2}  # for validation, where a domain has no val.csv
 
 
 class GradientReversal(torch.autograd.Function):
@@ -99,25 +100,14 @@ class LabelPredictor(nn.Sequential):
     """Features [B, 128] -> logits of the digits [B, 10]."""
 
     def __init__(self):
-        super().__init__(
-            nn.Linear(FEATURES, 128),
-            nn.ReLU(),
-            nn.Dropout(0.2),
-            nn.Linear(128, 10),
-        )
+        super().__init__(nn.Linear(FEATURES, 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, 10))
 
 
 class DomainClassifier(nn.Sequential):
     """Features [B, 128] -> logits of SOURCE and TARGET [B, 2]; only training needs it."""
 
     def __init__(self):
-        super().__init__(
-            nn.Linear(FEATURES, 256),
-            nn.ReLU(),
-            nn.Linear(256, 256),
-            nn.ReLU(),
-            nn.Linear(256, 2),
-        )
+        super().__init__(nn.Linear(FEATURES, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2))
 
 
 class DigitNet(nn.Module):

@@ -18,6 +18,7 @@ with the highest score, which is, in
 learns it on an augmented view (FixMatch, Sohn et al. 2020, with the averaged teacher of French et al. 2018), and the
 entropy of its mean prediction is kept high, so that no digit is lost; both weighted by the schedule of lambda.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,10 +29,10 @@ import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import lightning.pytorch as pl
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch.utils.data import Dataset
 
 from digits import load_digits
@@ -40,7 +41,7 @@ from p4_model import HELD_BACK, NORMS, SOURCE, TARGET, DigitNet, DomainClassifie
 from train_common import add_training_options, fit, lightning_trainer, warmup_cosine
 from utils import UserError, cli, half, output_folder, save_checkpoint
 
-SURE = 0.9                          # the probability from which --refine believes the teacher
+SURE = 0.9  # the probability from which --refine believes the teacher
 
 
 class Adaptation(pl.LightningModule):

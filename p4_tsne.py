@@ -4,6 +4,7 @@
 
 A row a scenario: source only, coloured by digit and by domain, beside DANN, likewise. Needs scikit-learn.
 """
+
 from __future__ import annotations
 
 import argparse

@@ -11,5 +11,6 @@ esac
 set_up requirements.txt requirements-dev.txt
 say "ruff"
 .venv/bin/python3 -m ruff check .
+.venv/bin/python3 -m ruff format --check .
 say "pytest"
 .venv/bin/python3 -m pytest -q "$@"

@@ -1,14 +1,15 @@
 """What every training script shares: its options, the learning rate, and a Lightning trainer that stops and resumes."""
+
 from __future__ import annotations
 
 import math
 import pathlib
 
-import lightning.pytorch as pl
+import pytorch_lightning as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.plugins import TorchCheckpointIO
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
 from utils import UserError, add_device_options, pick_device, pick_precision, reuse_freed_memory, save_checkpoint
@@ -85,7 +86,7 @@ def lightning_trainer(args, callbacks):
     loggers = [CSVLogger(out, name="csv")]
     if args.logger == "wandb":
         try:
-            from lightning.pytorch.loggers import WandbLogger
+            from pytorch_lightning.loggers import WandbLogger
 
             loggers.append(WandbLogger(project="dlcv-hw2", save_dir=out))
         except ModuleNotFoundError:
@@ -128,7 +129,7 @@ def fit(args, trainer, module, train, val):
     ]
     try:
         trainer.fit(module, *loaders, ckpt_path=args.resume_from)
-    except SystemExit:                                      # Lightning's own, after Ctrl-C
+    except SystemExit:  # Lightning's own, after Ctrl-C
         last = pathlib.Path(args.out) / "last.ckpt"
         every = f"{last} is written every {args.epoch_steps} steps, see --epoch-steps"
         goes_on = f"goes on from {last}" if last.is_file() else f"starts anew: {every}"

@@ -1,7 +1,8 @@
 """Ground floor, shared by every script: the course's betas, device, precision, seeds, checkpoints, image files.
 
-    from utils import UserError, cli, load_checkpoint, noise_stream, pick_device, pick_precision
+from utils import UserError, cli, load_checkpoint, noise_stream, pick_device, pick_precision
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -325,7 +326,7 @@ def save_checkpoint(checkpoint, path):
     try:
         with atomic(path) as temporary:
             torch.save(checkpoint, temporary)
-    except RuntimeError as e:                               # torch's own writer, on a full disk
+    except RuntimeError as e:  # torch's own writer, on a full disk
         raise UserError(f"{path}: could not be written ({e}); is the disk full?") from None
 
 

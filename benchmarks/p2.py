@@ -12,6 +12,7 @@ All variants run the same weights on the same noises, each in a process of its o
 Differences are of the final pictures to those of "ours fp32": the greatest of x_0, in [-1, 1], and the mean squared
 error of the written pixels, 0..255, which the course bounds by 20.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -135,7 +136,7 @@ def work(args):
     sample, network = {"plain": plain, "diffusers": diffusers}[name](args) if name != "ours" else ours(args, precision)
     noises = list(noise_stream(0, range(args.count), (3, args.size, args.size))())
     with torch.no_grad():
-        network(noises[0][None].to(args.device), torch.tensor([500], device=args.device))       # warm up
+        network(noises[0][None].to(args.device), torch.tensor([500], device=args.device))  # warm up
     started = time.time()
     pictures = sample(noises)
     seconds = time.time() - started

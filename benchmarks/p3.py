@@ -8,6 +8,7 @@ peak memory of that, seconds of one network evaluation under guidance (a batch o
 after a warm-up), peak memory of it all, and the largest difference of the predicted eps from our float32, as a part of
 its standard deviation. "diffusers, cl" has its network in channels_last.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,10 +31,15 @@ from table import add_out_option, describe_machine, save_table  # noqa: E402
 
 from utils import UserError, cli, pick_device, reuse_freed_memory  # noqa: E402
 
-TINY = {"unet_config": {"params": {"model_channels": 32, "context_dim": 32}},
-        "first_stage_config": {"params": {"ddconfig": {"ch": 32}}},
-        "cond_stage_config": {"params": {"config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                                                    "intermediate_size": 64}}}}
+TINY = {
+    "unet_config": {"params": {"model_channels": 32, "context_dim": 32}},
+    "first_stage_config": {"params": {"ddconfig": {"ch": 32}}},
+    "cond_stage_config": {
+        "params": {
+            "config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        }
+    },
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WHO = {"ours": "ours", "diffusers": "diffusers", "diffusers-cl": "diffusers, cl"}
 
@@ -62,13 +68,27 @@ def diffusers_configs(folder, tiny):
     unet, vae = params.unet_config.params, params.first_stage_config.params.ddconfig
     widths = [unet.model_channels * m for m in unet.channel_mult]
     files = {
-        "unet": {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
-                 "block_out_channels": widths, "cross_attention_dim": unet.context_dim, "attention_head_dim": 8,
-                 "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-                 "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3},
-        "vae": {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "layers_per_block": 2,
-                "latent_channels": 4, "block_out_channels": [vae.ch * m for m in vae.ch_mult],
-                "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4},
+        "unet": {
+            "_class_name": "UNet2DConditionModel",
+            "in_channels": 4,
+            "out_channels": 4,
+            "layers_per_block": 2,
+            "block_out_channels": widths,
+            "cross_attention_dim": unet.context_dim,
+            "attention_head_dim": 8,
+            "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+            "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        },
+        "vae": {
+            "_class_name": "AutoencoderKL",
+            "in_channels": 3,
+            "out_channels": 3,
+            "layers_per_block": 2,
+            "latent_channels": 4,
+            "block_out_channels": [vae.ch * m for m in vae.ch_mult],
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+        },
     }
     for name, content in files.items():
         (pathlib.Path(folder) / name).mkdir(exist_ok=True)
@@ -94,8 +114,10 @@ def load_diffusers(opt, dtype):
         vae = AutoencoderKL.from_single_file(opt.ckpt, config=folder, subfolder="vae", **load).to(opt.device)
     if opt.who == "diffusers-cl":
         unet, vae = (m.to(memory_format=torch.channels_last) for m in (unet, vae))
-    return (lambda x, t, c: unet(x.to(dtype), t, c.to(dtype)).sample.float(),
-            lambda z: vae.decode((z / 0.18215).to(dtype)).sample.float())
+    return (
+        lambda x, t, c: unet(x.to(dtype), t, c.to(dtype)).sample.float(),
+        lambda z: vae.decode((z / 0.18215).to(dtype)).sample.float(),
+    )
 
 
 def peak(device):
@@ -127,7 +149,7 @@ def measure(opt):
     begin = time.perf_counter()
     network, decode = (load_ours if opt.who == "ours" else load_diffusers)(opt, DTYPES[opt.precision])
     result = {"load_s": time.perf_counter() - begin, "load_gib": peak(device)}
-    reuse_freed_memory()                                     # of both, as all scripts of this project do
+    reuse_freed_memory()  # of both, as all scripts of this project do
     width = main_config(opt.tiny).model.params.unet_config.params.context_dim
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(1, 4, opt.size // 8, opt.size // 8, generator=draw).to(device)
@@ -142,12 +164,16 @@ def measure(opt):
 
 def table(results, exact):
     """Lines of Markdown."""
-    lines = ["| | precision | load, s | its peak, GiB | guided evaluation, s | decode, s | peak, GiB | eps off by |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| | precision | load, s | its peak, GiB | guided evaluation, s | decode, s | peak, GiB | eps off by |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for (who, precision), r in results.items():
         off = f"{float((r['eps'] - exact).abs().max() / exact.std()):.1e}"
-        lines.append(f"| {WHO[who]} | {precision} | {r['load_s']:.1f} | {r['load_gib']:.2f} | {r['eval_s']:.2f} | "
-                     f"{r['decode_s']:.2f} | {r['peak_gib']:.2f} | {off} |")
+        lines.append(
+            f"| {WHO[who]} | {precision} | {r['load_s']:.1f} | {r['load_gib']:.2f} | {r['eval_s']:.2f} | "
+            f"{r['decode_s']:.2f} | {r['peak_gib']:.2f} | {off} |"
+        )
     return lines
 
 
@@ -167,8 +193,22 @@ def parse_args():
 
 
 def run_worker(opt, who, precision, ckpt):
-    command = [sys.executable, __file__, "--worker", who, precision, str(ckpt), "--size", str(opt.size),
-               "--device", opt.device, "--repeats", str(opt.repeats), "--threads", str(opt.threads)]
+    command = [
+        sys.executable,
+        __file__,
+        "--worker",
+        who,
+        precision,
+        str(ckpt),
+        "--size",
+        str(opt.size),
+        "--device",
+        opt.device,
+        "--repeats",
+        str(opt.repeats),
+        "--threads",
+        str(opt.threads),
+    ]
     command += ["--tiny"] if opt.tiny else []
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
@@ -201,8 +241,11 @@ def main():
             raise UserError("--who and --precision: ours in fp32 must be among them, to compare with")
         size = ckpt.stat().st_size / 2**30
     machine = describe_machine(pick_device(opt.device), opt.threads or os.cpu_count())
-    lines = [f"{machine}; checkpoint {size:.2f} GiB, {opt.size}x{opt.size}", "",
-             *table(results, results["ours", "fp32"]["eps"])]
+    lines = [
+        f"{machine}; checkpoint {size:.2f} GiB, {opt.size}x{opt.size}",
+        "",
+        *table(results, results["ours", "fp32"]["eps"]),
+    ]
     print("\n".join(lines))
     save_table(lines, opt.out)
 

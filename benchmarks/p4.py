@@ -8,6 +8,7 @@ mean and each of the seeds. What follows "--" goes to every training; take other
 run is not trained again. Accuracies are those of best.pt, chosen without target labels (p4_train.py says how), and in
 brackets the mean of the last epoch's.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -51,7 +52,7 @@ def finished(out):
 
 
 def spread(values):
-    """"mean (each)" of fractions, in percent."""
+    """ "mean (each)" of fractions, in percent."""
     percent = [100 * v for v in values]
     mean = f"{statistics.mean(percent):.1f}"
     return mean if len(percent) == 1 else f"{mean} ({', '.join(f'{p:.1f}' for p in percent)})"

@@ -1,4 +1,5 @@
 """What all benchmarks share: the line that says what they ran on, and where their table goes."""
+
 from __future__ import annotations
 
 import json

@@ -16,6 +16,7 @@ are, and beside it the learned token of the JSON's embeddings/. A row of the pic
 four pictures by the best words, four by the learned token. --readable DIR lists instead the subjects that prompts of
 the held-back style can be graded by, DIR being the folder of its source pictures.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,8 +39,8 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 from train import Pictures
 
-from concepts import image_files, open_image, read_concepts
 from p3_clip import best_fifth, image_scores, load_clip, text_scores
+from p3_concepts import image_files, open_image, read_concepts
 from p3_invert import kind_of
 from p3_model import generate as make_pictures
 from p3_model import learned_tokens, load_embeddings, load_stable_diffusion, own_size
@@ -57,6 +58,7 @@ from utils import (
 
 CHECKPOINTS = pathlib.Path(__file__).resolve().parents[1] / "checkpoints"
 
+
 @torch.no_grad()
 def generate(model, prompts, scale, steps, batch=50):
     """A picture of each prompt, uint8 [N, 3, 64, 64]; picture i starts from the seed i."""
@@ -65,10 +67,13 @@ def generate(model, prompts, scale, steps, batch=50):
         part = prompts[start : start + batch]
         shape = [model.channels, side, side]
         x_T = noise_stream(0, range(start, start + len(part)), shape)().to(model.device)
-        guidance = {"unconditional_guidance_scale": scale,
-                    "unconditional_conditioning": model.get_learned_conditioning([""])}
+        guidance = {
+            "unconditional_guidance_scale": scale,
+            "unconditional_conditioning": model.get_learned_conditioning([""]),
+        }
         latents, _ = DPMSolverSampler(model).sample(
-            steps, len(part), shape, model.get_learned_conditioning(part), x_T=x_T, verbose=False, **guidance)
+            steps, len(part), shape, model.get_learned_conditioning(part), x_T=x_T, verbose=False, **guidance
+        )
         pictures.append(to_uint8(model.decode_first_stage(latents)).cpu())
     return torch.cat(pictures)
 
@@ -153,9 +158,13 @@ def inversion(model, clip, pictures, args):
     path = pathlib.Path(args.inversion)
     tokens, concepts = learned_tokens(model), read_concepts(path)
     missing = load_embeddings(tokens, path.parent / "embeddings", [c.token for c in concepts])
-    lines = [f"{describe_machine(model.device)}; the best 5 of 25 pictures by {pathlib.Path(clip.name).name}, "
-             f"mean of {args.draws} draws", "",
-             "| prompt | best words | image | text | learned image | learned text |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"{describe_machine(model.device)}; the best 5 of 25 pictures by {pathlib.Path(clip.name).name}, "
+        f"mean of {args.draws} draws",
+        "",
+        "| prompt | best words | image | text | learned image | learned text |",
+        "|---|---|---|---|---|---|",
+    ]
     rows = []
     for concept in concepts:
         files = image_files(path.parent / concept.key)
@@ -217,9 +226,13 @@ def main(argv=None):
         return save_table(lines, args.out)
     features = None if args.no_fid else Inception(device)
     told = None if args.no_fid else features(real)
-    lines = [f"{describe_machine(device)}; {len(rows)} held-back pairs, {args.steps} steps", "",
-             "| | guidance | nearest caption is right | FID | s a picture |", "|---|---|---|---|---|",
-             f"| real | | {nearest_is_right(clip, real, captions):.3f} | | |"]
+    lines = [
+        f"{describe_machine(device)}; {len(rows)} held-back pairs, {args.steps} steps",
+        "",
+        "| | guidance | nearest caption is right | FID | s a picture |",
+        "|---|---|---|---|---|",
+        f"| real | | {nearest_is_right(clip, real, captions):.3f} | | |",
+    ]
     for n, scale in enumerate(args.scales):
         begin = time.time()
         made = generate(model, captions, scale, args.steps)

@@ -1,7 +1,8 @@
 """CLIP image score of a folder: 100 * mean cosine of each picture to the source images (the course's ViT-B/32).
 
-    python3 evaluation/clip_image_score.py --input_dir hw2_data/textual_inversion/0 --output_dir output/0/0
+python3 evaluation/clip_image_score.py --input_dir hw2_data/textual_inversion/0 --output_dir output/0/0
 """
+
 from __future__ import annotations
 
 import argparse
@@ -10,8 +11,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from concepts import image_files  # noqa: E402
 from p3_clip import image_scores, load_clip  # noqa: E402
+from p3_concepts import image_files  # noqa: E402
 from utils import cli, pick_device  # noqa: E402
 
 

@@ -1,7 +1,8 @@
 """CLIP text score of a folder: CLIP's logit (100 * cosine) of each picture for a prompt (the course's ViT-B/32).
 
-    python3 evaluation/clip_text_score.py --prompt "The streets of Paris." --output_dir output/1/0
+python3 evaluation/clip_text_score.py --prompt "The streets of Paris." --output_dir output/1/0
 """
+
 from __future__ import annotations
 
 import argparse
@@ -10,8 +11,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from concepts import image_files  # noqa: E402
 from p3_clip import load_clip, text_scores  # noqa: E402
+from p3_concepts import image_files  # noqa: E402
 from utils import cli, pick_device  # noqa: E402
 
 

@@ -6,6 +6,7 @@
 Image score: 100 * mean cosine to the source images. Text score: CLIP's logit (100 * cosine) for prompt_4_clip_eval.
 The five with the largest image + 2.5 * text are averaged; both averages must reach the JSON's baseline.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -14,8 +15,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from concepts import IMAGE_TYPES, image_files, read_concepts  # noqa: E402
 from p3_clip import best_fifth, image_scores, load_clip, text_scores  # noqa: E402
+from p3_concepts import IMAGE_TYPES, image_files, read_concepts  # noqa: E402
 from utils import UserError, cli, pick_device  # noqa: E402
 
 PICTURES = 25

@@ -7,6 +7,7 @@ Every figure and every number comes out of a command of the table below; the tex
 course's face/UNet.pt, or --ckpt is there, the figures of Problems 2 and 3 come from those, else from the small models
 that ship. Numbers that need trainings of hours (p4) resume what is in runs/.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -55,7 +56,7 @@ def faces(args):
 def text_to_image(args):
     """Problem 3: zero-shot classification, Textual Inversion, two concepts in one prompt."""
     data, model = (args.data, args.clip) if args.clip else (ROOT / "tiny", TINY_CLIP)
-    prompt = [] if args.clip else ["--prompt", "a photo of {object}"]       # the small CLIP knows no full stop
+    prompt = [] if args.clip else ["--prompt", "a photo of {object}"]  # the small CLIP knows no full stop
     out = WORK / "answers"
     yield "p3_clip_zeroshot.py", "--data", data / "clip_zeroshot", "--model", model, *prompt, "--out", out
     shutil.copy(out / "examples.png", FIGURES / "p3_zeroshot.png")
@@ -64,8 +65,15 @@ def text_to_image(args):
     write_json({**result, "course": bool(args.clip)}, NUMBERS / "p3_zeroshot.json")
     small = "benchmarks/tiny.py", "--data", args.emoji
     yield (*small, "--picture", FIGURES / "tiny.png", "--out", NUMBERS / "tiny.json")
-    yield (*small, "--inversion", TINY, "--picture", FIGURES / "tiny_inversion.png",
-           "--out", NUMBERS / "tiny_inversion.json")
+    yield (
+        *small,
+        "--inversion",
+        TINY,
+        "--picture",
+        FIGURES / "tiny_inversion.png",
+        "--out",
+        NUMBERS / "tiny_inversion.json",
+    )
     source = (args.data / "textual_inversion/input.json", args.ckpt) if args.ckpt else (TINY, TINY_CKPT)
     yield ("p3_infer.py", source[0], WORK / "multi", source[1], "--prompt", MULTI[bool(args.ckpt)])
     shutil.copy(WORK / "multi/prompt.png", FIGURES / "p3_multi.png")
@@ -80,13 +88,34 @@ def adaptation(args):
 
 
 PARTS = {
-    "p1": (digits, ["figures/p1_grid_mnistm.png", "figures/p1_grid_svhn.png", "figures/p1_reverse.png",
-                    "numbers/p1.json"]),
-    "p2": (faces, ["figures/p2_eta.png", "figures/p2_slerp.png", "figures/p2_slerp.json", "figures/p2_linear.png",
-                   "figures/p2_linear.json", "numbers/p2_network.json"]),
-    "p3": (text_to_image, ["figures/p3_zeroshot.png", "figures/tiny.png", "figures/tiny_inversion.png",
-                           "figures/p3_multi.png", "numbers/p3_zeroshot.json", "numbers/tiny.json",
-                           "numbers/tiny_inversion.json", "numbers/p3_multi.json"]),
+    "p1": (
+        digits,
+        ["figures/p1_grid_mnistm.png", "figures/p1_grid_svhn.png", "figures/p1_reverse.png", "numbers/p1.json"],
+    ),
+    "p2": (
+        faces,
+        [
+            "figures/p2_eta.png",
+            "figures/p2_slerp.png",
+            "figures/p2_slerp.json",
+            "figures/p2_linear.png",
+            "figures/p2_linear.json",
+            "numbers/p2_network.json",
+        ],
+    ),
+    "p3": (
+        text_to_image,
+        [
+            "figures/p3_zeroshot.png",
+            "figures/tiny.png",
+            "figures/tiny_inversion.png",
+            "figures/p3_multi.png",
+            "numbers/p3_zeroshot.json",
+            "numbers/tiny.json",
+            "numbers/tiny_inversion.json",
+            "numbers/p3_multi.json",
+        ],
+    ),
     "p4": (adaptation, ["figures/p4_tsne.png", "numbers/p4.json"]),
 }
 
@@ -122,7 +151,7 @@ def run(command):
 @cli
 def main(argv=None):
     def path(text):
-        return pathlib.Path(text).resolve()             # the commands run in the repository
+        return pathlib.Path(text).resolve()  # the commands run in the repository
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(ROOT / "hw2_report.pdf"))

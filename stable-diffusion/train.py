@@ -6,6 +6,7 @@ DATA is what tools/make_emoji_dataset.py writes: emoji.npz and emoji.json. Leave
 CLIP in OpenAI's layout, which clip.load builds), model.ckpt (in the layout of sd-v1-4.ckpt, half precision, of the
 words only those that occur in captions), and for each stage a folder with last.ckpt (resumable), samples/ and csv/.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,17 +22,17 @@ ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")     # it imports pkg_resources, which setuptools warns of
+    warnings.simplefilter("ignore")  # it imports pkg_resources, which setuptools warns of
     import clip  # noqa: E402
-import lightning.pytorch as pl  # noqa: E402
 import numpy as np  # noqa: E402
+import pytorch_lightning as pl  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler  # noqa: E402
 from ldm.util import ModelError, instantiate_from_config, load_model, read_config, seeded_noise  # noqa: E402
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
-from lightning.pytorch.loggers import CSVLogger  # noqa: E402
-from lightning.pytorch.plugins import TorchCheckpointIO  # noqa: E402
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
+from pytorch_lightning.loggers import CSVLogger  # noqa: E402
+from pytorch_lightning.plugins import TorchCheckpointIO  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from torchvision.utils import save_image  # noqa: E402
@@ -50,7 +51,7 @@ CAPTIONS = [
     "{subject}",
     "a picture in the style of {style}",
 ]
-SHARES = torch.tensor([4.0, 2, 2, 1, 2, 1])     # how often the diffusion model hears each
+SHARES = torch.tensor([4.0, 2, 2, 1, 2, 1])  # how often the diffusion model hears each
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -66,7 +67,8 @@ class Pictures:
             with np.load(folder / "emoji.npz") as arrays:
                 self.images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).contiguous()
                 self.subject, self.vendor, self.split = (
-                    torch.from_numpy(arrays[k].astype(np.int64)) for k in ("subject", "vendor", "split"))
+                    torch.from_numpy(arrays[k].astype(np.int64)) for k in ("subject", "vendor", "split")
+                )
             info = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
             self.subjects, self.vendors = [s["phrase"] for s in info["subjects"]], [v["name"] for v in info["vendors"]]
             self.splits = info["splits"]
@@ -161,7 +163,7 @@ def normalise_latents(autoencoder, images):
     half = len(autoencoder.quant_conv.bias) // 2
     autoencoder.quant_conv.weight[:half] /= std
     autoencoder.quant_conv.bias[:half] /= std
-    autoencoder.quant_conv.bias[half:] -= 2 * std.log()             # log variance
+    autoencoder.quant_conv.bias[half:] -= 2 * std.log()  # log variance
     autoencoder.post_quant_conv.weight *= std
 
 
@@ -194,7 +196,7 @@ class Contrastive(pl.LightningModule):
         self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
 
     def of_fixed_size(self):
-        return []                               # its batches vary
+        return []  # its batches vary
 
     def logits(self, x, tokens):
         return self.model(((x + 1) / 2 - self.mean) / self.std, tokens)[0].float()
@@ -205,8 +207,10 @@ class Contrastive(pl.LightningModule):
         says_style = torch.tensor(["{style}" in c for c in CAPTIONS], device=self.device)[form]
         right = ((subject[:, None] == subject) | ~says_subject) & ((vendor[:, None] == vendor) | ~says_style)
         logits, right = self.logits(moved(to_float(images)), tokens), right.float()
-        loss = (F.cross_entropy(logits, right / right.sum(1, keepdim=True))
-                + F.cross_entropy(logits.T, right.T / right.sum(0)[:, None])) / 2
+        loss = (
+            F.cross_entropy(logits, right / right.sum(1, keepdim=True))
+            + F.cross_entropy(logits.T, right.T / right.sum(0)[:, None])
+        ) / 2
         self.log("train_loss", loss)
         return loss
 
@@ -225,10 +229,20 @@ class Contrastive(pl.LightningModule):
 
 def text_weights(state, prefix="transformer.text_model."):
     """The text tower of a CLIP's state dict in OpenAI's names, in those of transformers."""
-    names = {"ln_final": "final_layer_norm", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "c_fc": "fc1",
-             "c_proj": "fc2", "attn": "self_attn", "resblocks": "layers", "transformer": "encoder"}
-    out = {prefix + "embeddings.token_embedding.weight": state["token_embedding.weight"],
-           prefix + "embeddings.position_embedding.weight": state["positional_embedding"]}
+    names = {
+        "ln_final": "final_layer_norm",
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "c_fc": "fc1",
+        "c_proj": "fc2",
+        "attn": "self_attn",
+        "resblocks": "layers",
+        "transformer": "encoder",
+    }
+    out = {
+        prefix + "embeddings.token_embedding.weight": state["token_embedding.weight"],
+        prefix + "embeddings.position_embedding.weight": state["positional_embedding"],
+    }
     for key, value in state.items():
         if not key.startswith(("transformer.", "ln_final.")):
             continue
@@ -254,10 +268,10 @@ def whole_clip(network, ids, context_length=77):
 def save_as_openai(state, size, path):
     """Writes a CLIP as OpenAI published theirs, a TorchScript archive in half precision: what clip.load expects."""
     network = clip.model.build_model(dict(state)).float()
-    network.load_state_dict(state)                          # build_model rounds
+    network.load_state_dict(state)  # build_model rounds
     images, tokens = torch.zeros(1, 3, size, size), torch.zeros(1, network.context_length, dtype=torch.long)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # tracing is no longer advised
+        warnings.simplefilter("ignore")  # tracing is no longer advised
         traced = torch.jit.trace_module(network, {"encode_image": images, "encode_text": tokens}).half()
         save(traced, path, torch.jit.save)
 
@@ -304,8 +318,15 @@ class Diffusing(pl.LightningModule):
         cond, uncond = batch[1][:32].float(), self.model.get_learned_conditioning([""])
         shape = batch[0].shape[2:]
         latents, _ = DPMSolverSampler(self.model).sample(
-            20, len(cond), shape, cond, x_T=seeded_noise(0, range(len(cond)), shape)().to(self.device), verbose=False,
-            unconditional_guidance_scale=4.0, unconditional_conditioning=uncond)
+            20,
+            len(cond),
+            shape,
+            cond,
+            x_T=seeded_noise(0, range(len(cond)), shape)().to(self.device),
+            verbose=False,
+            unconditional_guidance_scale=4.0,
+            unconditional_conditioning=uncond,
+        )
         return self.model.decode_first_stage(latents)
 
     def configure_optimizers(self):
@@ -355,8 +376,10 @@ def optimizer_of(parameters, spec):
     def factor(step):
         return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1.0, step / total))))
 
-    return {"optimizer": optimizer,
-            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"}}
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"},
+    }
 
 
 class Seeds(pl.Callback):
@@ -404,17 +427,35 @@ def fit(module, make, val, out, spec, args):
     epoch = min(500, spec["steps"])
     last = out / "last.ckpt"
     ema = []
-    if "ema" in spec:                                   # every fourth step: averaging the whole model takes time
-        ema = [EMAWeightAveraging(
-            decay=spec["ema"] ** 4, update_every_n_steps=4, update_starting_at_step=min(200, epoch // 2))]
+    if "ema" in spec:  # every fourth step: averaging the whole model takes time
+        ema = [
+            EMAWeightAveraging(
+                decay=spec["ema"] ** 4, update_every_n_steps=4, update_starting_at_step=min(200, epoch // 2)
+            )
+        ]
     trainer = pl.Trainer(
-        accelerator="auto", devices=1, max_steps=spec["steps"], precision=args.precision, gradient_clip_val=1.0,
-        logger=CSVLogger(out, name="csv"), plugins=[WholeCheckpoints()], num_sanity_val_steps=0, log_every_n_steps=20,
+        accelerator="auto",
+        devices=1,
+        max_steps=spec["steps"],
+        precision=args.precision,
+        gradient_clip_val=1.0,
+        logger=CSVLogger(out, name="csv"),
+        plugins=[WholeCheckpoints()],
+        num_sanity_val_steps=0,
+        log_every_n_steps=20,
         enable_model_summary=False,
-        callbacks=[Samples(out / "samples"), *ema, Seeds(), *([EagerValidation()] if args.compile else []),
-                   ModelCheckpoint(out, "last", enable_version_counter=False, save_on_train_epoch_end=True)])
-    loaders = [DataLoader(Batches(make, epoch * spec["batch_size"]), spec["batch_size"], collate_fn=lambda b: b),
-               DataLoader(val, batch_size=None)]
+        callbacks=[
+            Samples(out / "samples"),
+            *ema,
+            Seeds(),
+            *([EagerValidation()] if args.compile else []),
+            ModelCheckpoint(out, "last", enable_version_counter=False, save_on_train_epoch_end=True),
+        ],
+    )
+    loaders = [
+        DataLoader(Batches(make, epoch * spec["batch_size"]), spec["batch_size"], collate_fn=lambda b: b),
+        DataLoader(val, batch_size=None),
+    ]
     if args.compile:
         for network in module.of_fixed_size():
             network.compile(dynamic=False)
@@ -422,10 +463,10 @@ def fit(module, make, val, out, spec, args):
     with sdpa_kernel([SDPBackend.MATH] if trainer.strategy.root_device.type == "cpu" else list(ATTENTION)):
         try:
             trainer.fit(module, *loaders, ckpt_path=str(last) if last.is_file() else None)
-        except SystemExit:                              # Lightning's own, after Ctrl-C
+        except SystemExit:  # Lightning's own, after Ctrl-C
             goes_on = f"goes on from {last}" if last.is_file() else f"starts anew: {last} comes after {epoch} steps"
             raise KeyboardInterrupt(f"interrupted; the same line {goes_on}") from None
-    module.load_state_dict(torch.load(last, weights_only=False)["state_dict"])      # the averaged ones
+    module.load_state_dict(torch.load(last, weights_only=False)["state_dict"])  # the averaged ones
     module.eval()
     return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
 
@@ -450,8 +491,17 @@ def train_clip(config, pictures, out, args):
     words = Words(train_captions(pictures), text.max_length)
     sizes = text.config
     network = clip.model.CLIP(
-        spec.embed_dim, pictures.images.shape[-1], tuple(spec.vision_layers), spec.vision_width, None, text.max_length,
-        len(words.ids), sizes.hidden_size, sizes.num_attention_heads, sizes.num_hidden_layers)
+        spec.embed_dim,
+        pictures.images.shape[-1],
+        tuple(spec.vision_layers),
+        spec.vision_width,
+        None,
+        text.max_length,
+        len(words.ids),
+        sizes.hidden_size,
+        sizes.num_attention_heads,
+        sizes.num_hidden_layers,
+    )
     members = [train[pictures.subject[train] == s] for s in pictures.subject[train].unique()]
 
     def make(n):
@@ -462,7 +512,7 @@ def train_clip(config, pictures, out, args):
         tokens = words([pictures.caption(r, f) for r, f in zip(rows, form)])
         return pictures.images[rows], tokens, pictures.subject[rows], pictures.vendor[rows], form
 
-    known = val[: 200]
+    known = val[:200]
     tokens = words([pictures.caption(r) for r in known])
     metrics = fit(Contrastive(network, spec), make, [(pictures.images[known], tokens)], out / "clip", spec, args)
     whole = whole_clip(network, words.ids)
@@ -504,7 +554,7 @@ def save(content, path, write=torch.save, say=True):
     try:
         write(content, str(temporary))
         temporary.replace(path)
-    except RuntimeError as e:                           # torch's own writer, on a full disk
+    except RuntimeError as e:  # torch's own writer, on a full disk
         raise ModelError(f"{path}: could not be written ({e}); is the disk full?") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -512,8 +562,11 @@ def save(content, path, write=torch.save, say=True):
         print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 
-STAGES = {"autoencoder": ("autoencoder.pt", train_autoencoder), "clip": ("clip.pt", train_clip),
-          "diffusion": ("model.ckpt", train_diffusion)}
+STAGES = {
+    "autoencoder": ("autoencoder.pt", train_autoencoder),
+    "clip": ("clip.pt", train_clip),
+    "diffusion": ("model.ckpt", train_diffusion),
+}
 
 
 def main(argv=None):

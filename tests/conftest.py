@@ -1,4 +1,5 @@
 """Puts the repository root on the path, and keeps small tensors on one thread."""
+
 import os
 import pathlib
 import sys

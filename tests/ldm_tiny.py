@@ -1,4 +1,5 @@
 """Models for the tests of stable-diffusion/: a tiny random one, and the course's reference where env HW2_REF has it."""
+
 import os
 import pathlib
 import sys
@@ -14,16 +15,27 @@ from ldm.util import instantiate_from_config, load_model, read_config  # noqa: E
 from omegaconf import OmegaConf  # noqa: E402
 
 CONFIG = SD / "configs/stable-diffusion/v1-inference.yaml"
-TINY_UNET = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [2, 1],
-             "num_heads": 4, "context_dim": 32, "use_checkpoint": False}
+TINY_UNET = {
+    "model_channels": 32,
+    "channel_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attention_resolutions": [2, 1],
+    "num_heads": 4,
+    "context_dim": 32,
+    "use_checkpoint": False,
+}
 TINY_VAE = {"ch": 32, "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1}
 TINY_TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 def shrunk(unet, vae, text, image_size):
     """v1-inference.yaml with other sizes."""
-    sizes = {"image_size": image_size, "unet_config": {"params": unet},
-             "cond_stage_config": {"params": {"config": text}}, "first_stage_config": {"params": {"ddconfig": vae}}}
+    sizes = {
+        "image_size": image_size,
+        "unet_config": {"params": unet},
+        "cond_stage_config": {"params": {"config": text}},
+        "first_stage_config": {"params": {"ddconfig": vae}},
+    }
     return OmegaConf.merge(read_config(CONFIG), {"model": {"params": sizes}})
 
 

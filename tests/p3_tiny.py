@@ -1,4 +1,5 @@
 """A Stable Diffusion small enough for tests: the real classes, random weights, latents of 8x8 for pictures of 64x64."""
+
 import json
 
 import numpy as np
@@ -39,7 +40,7 @@ def write_model(folder):
     (folder / "tiny.yaml").write_text(CONFIG)
     torch.manual_seed(0)
     model = instantiate_from_config(read_config(folder / "tiny.yaml").model)
-    for name, p in model.named_parameters():                 # so that a word matters to such a small network
+    for name, p in model.named_parameters():  # so that a word matters to such a small network
         if "token_embedding" in name:
             torch.nn.init.normal_(p)
         elif ".attn2.to_" in name or "self_attn" in name:
@@ -59,7 +60,8 @@ def write_concepts(folder, prompts=2, pictures=2):
     for key, word, text in (("0", "dog", "A {} number %d."), ("1", "David Revoy", "City %d in the style of {}.")):
         token = f"<new{int(key) + 1}>"
         entries[key] = {
-            "src_image": word, "token_name": token,
+            "src_image": word,
+            "token_name": token,
             "prompt": [(text % p).format(token) for p in range(prompts)],
             "prompt_4_clip_eval": [(text % p).format(word) for p in range(prompts)],
             "baseline": [[-100, -100]] * prompts,

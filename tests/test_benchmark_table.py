@@ -1,4 +1,5 @@
 """benchmarks/table.py: a benchmark's table as Markdown and as JSON."""
+
 import json
 import pathlib
 import sys
@@ -15,8 +16,10 @@ LINES = ["today, a CPU", "", "| | steps | FID |", "|---|---|---|", "| real | | 6
 
 def test_json_holds_the_cells_by_their_column_and_markdown_the_lines(tmp_path):
     save_table(LINES, [tmp_path / "new" / "t.json", tmp_path / "t.md"])
-    assert json.loads((tmp_path / "new" / "t.json").read_text()) == {"measured": "today, a CPU", "rows": [
-        {"": "real", "steps": "", "FID": "63.3"}, {"": "ours", "steps": "16", "FID": "75.9 [76]"}]}
+    assert json.loads((tmp_path / "new" / "t.json").read_text()) == {
+        "measured": "today, a CPU",
+        "rows": [{"": "real", "steps": "", "FID": "63.3"}, {"": "ours", "steps": "16", "FID": "75.9 [76]"}],
+    }
     assert (tmp_path / "t.md").read_text() == "\n".join(LINES) + "\n"
 
 

@@ -1,4 +1,5 @@
 """The mathematics against closed forms, and against diffusers' schedulers where they are installed."""
+
 import math
 
 import pytest
@@ -21,7 +22,7 @@ from diffusion import (
 )
 
 ALPHA_BAR = schedule("linear", 1000)
-MU, STD = 0.3, 0.2                                      # the Gaussian "data" of the closed forms
+MU, STD = 0.3, 0.2  # the Gaussian "data" of the closed forms
 
 
 def gaussian_eps(alpha_bar, mu=MU, std=STD):
@@ -139,7 +140,7 @@ def test_ddim_with_eta_1_and_all_steps_is_ancestral_sampling_in_distribution():
     model, times = gaussian_eps(ALPHA_BAR), timesteps(1000, 1000)
     a = run(ddim(model, x_T, ALPHA_BAR, times, 1.0, draw(1), clip=False))
     b = run(ddpm(model, x_T, ALPHA_BAR, times, draw(1), clip=False))
-    assert (a - b).abs().max() < 1e-8                   # with the same noises even path by path
+    assert (a - b).abs().max() < 1e-8  # with the same noises even path by path
     assert a.mean() == pytest.approx(MU, abs=0.01) and a.std() == pytest.approx(STD, rel=0.03)
 
 

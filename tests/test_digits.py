@@ -1,4 +1,5 @@
 """Reading hw2_data/digits: what comes out, what is cached, and what each kind of damage says."""
+
 import csv
 
 import numpy as np

@@ -1,4 +1,5 @@
 """evaluation/ and p3_clip.py on a tiny random CLIP: weights in every layout, the grader's scores and its refusals."""
+
 import importlib.util
 import json
 import pickle
@@ -11,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-import concepts
 import p3_clip
+import p3_concepts
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,8 +145,13 @@ def test_image_score_is_100_times_the_mean_cosine(clip_file):
 @pytest.fixture
 def graded(tmp_path):
     """A JSON of one concept with two prompts, its sources, and 25 pictures a prompt."""
-    entry = {"src_image": "dog", "token_name": "<new1>", "prompt": ["a <new1>", "two <new1>"],
-             "prompt_4_clip_eval": ["a dog", "two dogs"], "baseline": [[-100, -100], [101, 0]]}
+    entry = {
+        "src_image": "dog",
+        "token_name": "<new1>",
+        "prompt": ["a <new1>", "two <new1>"],
+        "prompt_4_clip_eval": ["a dog", "two dogs"],
+        "baseline": [[-100, -100], [101, 0]],
+    }
     (tmp_path / "input.json").write_text(json.dumps({"0": entry}))
     save_all(tmp_path / "0", pictures(3, seed=9))
     for i in range(2):
@@ -182,8 +188,10 @@ def test_the_grader_prints_the_scores_and_holds_them_against_the_baselines(grade
     first, second, last = capsys.readouterr().out.strip().splitlines()
     clip = p3_clip.load_clip(str(clip_file))
     files = [graded / f"out/0/1/{i}.png" for i in range(25)]
-    want = p3_clip.best_fifth(p3_clip.image_scores(clip, files, concepts.image_files(graded / "0")),
-                              p3_clip.text_scores(clip, files, "two dogs"))
+    want = p3_clip.best_fifth(
+        p3_clip.image_scores(clip, files, p3_concepts.image_files(graded / "0")),
+        p3_clip.text_scores(clip, files, "two dogs"),
+    )
     assert first.endswith("passed") and second.endswith("failed")
     assert f"CLIP image score {want[0]:.2f}, CLIP text score {want[1]:.2f}" in second
     assert last == "1 of 2 prompts reach both baselines"
@@ -191,8 +199,8 @@ def test_the_grader_prints_the_scores_and_holds_them_against_the_baselines(grade
 
 def test_the_scores_of_one_folder_are_printed(graded, clip_file, monkeypatch, capsys):
     clip, out = p3_clip.load_clip(str(clip_file)), graded / "out/0/0"
-    files = concepts.image_files(out)
-    image = p3_clip.image_scores(clip, files, concepts.image_files(graded / "0")).mean()
+    files = p3_concepts.image_files(out)
+    image = p3_clip.image_scores(clip, files, p3_concepts.image_files(graded / "0")).mean()
     options = {"output_dir": out, "clip": clip_file}
     assert run_script("clip_image_score", {**options, "input_dir": graded / "0"}, monkeypatch) == 0
     assert f"CLIP image score: {image:.2f} (mean of 25 images against 3)" in capsys.readouterr().out
@@ -216,37 +224,49 @@ def test_any_other_number_than_25_pictures_is_refused(graded, clip_file, change,
 # ------------------------------------------------------------------------------------------------ JSON and pictures
 
 
-@pytest.mark.parametrize("text, complaint", [
-    ("{", "not JSON"),
-    ("[1]", "expected"),
-    ('{"0": {"src_image": "dog", "prompt": ["a"]}}', "token_name"),
-    ('{"0": {"src_image": "dog", "token_name": "<a>", "prompt": "a"}}', "prompt"),
-    ('{"0": {"src_image": "dog", "token_name": "<a>", "prompt": ["a", 3]}}', "must be a text"),
-    ('{"0": {"src_image": "dog", "token_name": "<a>", "prompt": ["a", "b"], "baseline": [[1, 2]]}}', "2 prompts but 1"),
-    ('{"0": {"src_image": "dog", "token_name": "<a>", "prompt": ["a"], "train_captions": ["dog"]}}', "each with a {}"),
-    ('{"0": {"src_image": "d", "token_name": "<a>", "prompt": ["a"], "train_captions": {"0.jpg": "a {}"}}}', "list"),
-    ('{"0": {"src_image": "d", "token_name": "<a>", "prompt": ["a"], "validation_prompts": {"d": "a d"}}}', "a {}"),
-    ('{"../x": {"src_image": "dog", "token_name": "<a>", "prompt": ["a"]}}', "cannot name a folder"),
-])
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("{", "not JSON"),
+        ("[1]", "expected"),
+        ('{"0": {"src_image": "dog", "prompt": ["a"]}}', "token_name"),
+        ('{"0": {"src_image": "dog", "token_name": "<a>", "prompt": "a"}}', "prompt"),
+        ('{"0": {"src_image": "dog", "token_name": "<a>", "prompt": ["a", 3]}}', "must be a text"),
+        (
+            '{"0": {"src_image": "dog", "token_name": "<a>", "prompt": ["a", "b"], "baseline": [[1, 2]]}}',
+            "2 prompts but 1",
+        ),
+        (
+            '{"0": {"src_image": "dog", "token_name": "<a>", "prompt": ["a"], "train_captions": ["dog"]}}',
+            "each with a {}",
+        ),
+        (
+            '{"0": {"src_image": "d", "token_name": "<a>", "prompt": ["a"], "train_captions": {"0.jpg": "a {}"}}}',
+            "list",
+        ),
+        ('{"0": {"src_image": "d", "token_name": "<a>", "prompt": ["a"], "validation_prompts": {"d": "a d"}}}', "a {}"),
+        ('{"../x": {"src_image": "dog", "token_name": "<a>", "prompt": ["a"]}}', "cannot name a folder"),
+    ],
+)
 def test_a_bad_json_is_refused_by_name(tmp_path, text, complaint):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(UserError, match=complaint) as error:
-        concepts.read_concepts(tmp_path / "bad.json")
+        p3_concepts.read_concepts(tmp_path / "bad.json")
     assert "bad.json" in str(error.value)
 
 
 def test_placeholders_are_found_in_order():
-    assert concepts.placeholders("A <new1> next to a <new-2>, x < y > z.") == ["<new1>", "<new-2>"]
+    assert p3_concepts.placeholders("A <new1> next to a <new-2>, x < y > z.") == ["<new1>", "<new-2>"]
 
 
 def test_pictures_are_turned_upright_by_their_exif(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6                                         # to be turned by 90 degrees
+    exif[0x0112] = 6  # to be turned by 90 degrees
     pictures(1)[0].resize((20, 10)).save(tmp_path / "turned.jpg", exif=exif)
-    assert concepts.open_image(tmp_path / "turned.jpg").size == (10, 20)
+    assert p3_concepts.open_image(tmp_path / "turned.jpg").size == (10, 20)
 
 
 def test_a_broken_picture_is_named(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
     with pytest.raises(UserError, match="broken.jpg"):
-        concepts.open_image(tmp_path / "broken.jpg")
+        p3_concepts.open_image(tmp_path / "broken.jpg")

@@ -1,4 +1,5 @@
 """ldm.checkpoint: whatever a file holds, it is loaded right or refused in one line, and never run."""
+
 import pickle
 import sys
 import types
@@ -69,16 +70,20 @@ def test_a_bare_state_dict_loads_too(files, state, tmp_path):
 
 
 def test_names_of_new_transformers_and_lacking_constants_load_too(files, state, tmp_path):
-    other = {k.replace("transformer.text_model.", "transformer."): v for k, v in state.items()
-             if "position_ids" not in k and k not in ("betas", "posterior_variance")}
+    other = {
+        k.replace("transformer.text_model.", "transformer."): v
+        for k, v in state.items()
+        if "position_ids" not in k and k not in ("betas", "posterior_variance")
+    }
     torch.save({"state_dict": other}, tmp_path / "new.ckpt")
     same(load_model(files[0], tmp_path / "new.ckpt"), state)
 
 
 def test_safetensors_load_too(files, state, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    safetensors.save_file({k: v.contiguous() for k, v in state.items()}, str(tmp_path / "m.safetensors"),
-                          metadata={"format": "pt"})
+    safetensors.save_file(
+        {k: v.contiguous() for k, v in state.items()}, str(tmp_path / "m.safetensors"), metadata={"format": "pt"}
+    )
     same(load_model(files[0], tmp_path / "m.safetensors"), state)
 
 
@@ -94,8 +99,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_kind_of_tensor_is_read_as_torch_reads_it(dtype, tmp_path):
     whole = (torch.randn(4, 6) * 4).to(dtype)
-    tensors = {"whole": whole, "view": whole[1:3, 2:].t(), "none": whole[:0], "one": whole[0, 0],
-               "parameter": torch.nn.Parameter(torch.randn(3)).data}
+    tensors = {
+        "whole": whole,
+        "view": whole[1:3, 2:].t(),
+        "none": whole[:0],
+        "one": whole[0, 0],
+        "parameter": torch.nn.Parameter(torch.randn(3)).data,
+    }
     torch.save(tensors, tmp_path / "t.pt")
     read = {k: v.load() for k, v in read_checkpoint(tmp_path / "t.pt").items()}
     for name, value in tensors.items():
@@ -122,8 +132,15 @@ def functions():
     import os
     import subprocess
 
-    return [(os.system, "touch {}"), (builtins.exec, "open('{}', 'w')"), (builtins.eval, "open('{}', 'w')"),
-            (subprocess.check_output, "touch {}"), (builtins.open, "{}"), (torch.load, "{}"), (getattr, "{}")]
+    return [
+        (os.system, "touch {}"),
+        (builtins.exec, "open('{}', 'w')"),
+        (builtins.eval, "open('{}', 'w')"),
+        (subprocess.check_output, "touch {}"),
+        (builtins.open, "{}"),
+        (torch.load, "{}"),
+        (getattr, "{}"),
+    ]
 
 
 @pytest.mark.parametrize("function,argument", functions())
@@ -154,8 +171,13 @@ def test_what_a_trainer_left_behind_is_passed_over_without_its_package(files, st
             setattr(home, cls.__name__, cls)
         thing = ModelCheckpoint()
         thing.best = torch.ones(2)
-        content = {"state_dict": state, "callbacks": {ModelCheckpoint: {"best": torch.ones(())}}, "other": thing,
-                   "hyper_parameters": AttributeDict(lr=1e-4, steps=[1, 2]), "optimizer_states": [{0: torch.ones(1)}]}
+        content = {
+            "state_dict": state,
+            "callbacks": {ModelCheckpoint: {"best": torch.ones(())}},
+            "other": thing,
+            "hyper_parameters": AttributeDict(lr=1e-4, steps=[1, 2]),
+            "optimizer_states": [{0: torch.ones(1)}],
+        }
         torch.save(content, tmp_path / "lightning.ckpt")
     finally:
         for name in names:
@@ -174,8 +196,15 @@ def test_a_missing_file_is_named(files, tmp_path):
     refusal(tmp_path / "nowhere.ckpt", "no such file", config=files[0])
 
 
-JUNK = [b"", b"\0" * 100, b"<html>quota exceeded</html>", b"\x80\x02}q\x00.", b"PK\x03\x04" + b"x" * 99,
-        b"\xff" * 8 + b"{}", b"\x02" + b"\0" * 7 + b"{]"]
+JUNK = [
+    b"",
+    b"\0" * 100,
+    b"<html>quota exceeded</html>",
+    b"\x80\x02}q\x00.",
+    b"PK\x03\x04" + b"x" * 99,
+    b"\xff" * 8 + b"{}",
+    b"\x02" + b"\0" * 7 + b"{]",
+]
 
 
 @pytest.mark.parametrize("content", JUNK)

@@ -1,4 +1,5 @@
 """stable-diffusion/ against the course's own code: the numbers of its reference run, the sizes of the real model."""
+
 import ast
 import hashlib
 
@@ -9,8 +10,10 @@ import torch
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.util import instantiate_from_config, read_config
 
-PACKAGES = set("ldm torch numpy transformers tqdm omegaconf __future__ bisect collections contextlib gzip hashlib re "
-               "importlib io json logging math os pathlib pickle struct tempfile unicodedata warnings zipfile".split())
+PACKAGES = set(
+    "ldm torch numpy transformers tqdm omegaconf __future__ bisect collections contextlib gzip hashlib re "
+    "importlib io json logging math os pathlib pickle struct tempfile unicodedata warnings zipfile".split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +53,16 @@ def test_samples_are_the_same(ref, case, steps, scale):
     model, r, _ = ref
     x_T = r[case + "x_T"]
     latents, nothing = DPMSolverSampler(model).sample(
-        S=steps, batch_size=2, shape=list(x_T.shape[1:]), conditioning=r["c"], verbose=False, x_T=x_T, eta=0.0,
-        unconditional_guidance_scale=scale, unconditional_conditioning=r["uc"])
+        S=steps,
+        batch_size=2,
+        shape=list(x_T.shape[1:]),
+        conditioning=r["c"],
+        verbose=False,
+        x_T=x_T,
+        eta=0.0,
+        unconditional_guidance_scale=scale,
+        unconditional_conditioning=r["uc"],
+    )
     assert nothing is None and gap(latents, r[case + "latent"]) < 2e-3
     assert gap(model.decode_first_stage(latents), r[case + "decoded_raw"]) < 1e-4
 
@@ -76,8 +87,9 @@ def test_training_loss_and_the_gradient_of_a_token_are_the_same(ref):
     table = model.cond_stage_model.transformer.get_input_embeddings().weight.requires_grad_(True)
     noisy = model.q_sample(r["enc_z_mode_scaled"], r["train_t"], r["train_noise"])
     assert gap(noisy, r["train_x_noisy"]) < 1e-6
-    loss, parts = model.p_losses(r["enc_z_mode_scaled"], model.get_learned_conditioning(prompts), r["train_t"],
-                                 noise=r["train_noise"])
+    loss, parts = model.p_losses(
+        r["enc_z_mode_scaled"], model.get_learned_conditioning(prompts), r["train_t"], noise=r["train_noise"]
+    )
     loss.backward()
     assert gap(loss, r["train_loss"]) < 1e-5 and gap(parts["val/loss_simple"], r["train_loss"]) < 1e-5
     assert gap(table.grad[int(r["train_token_id"])], r["train_token_grad"]) < 1e-6

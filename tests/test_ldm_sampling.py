@@ -1,4 +1,5 @@
 """ldm's samplers, network and autoencoder: exact where the answer is known, the same by every path."""
+
 import math
 
 import ldm_tiny
@@ -96,8 +97,16 @@ def test_batch_size_does_not_change_a_picture(model, sampler, eta):
 
     def pictures(indices):
         latents, _ = sampler(model).sample(
-            4, len(indices), [4, 8, 8], c, eta=eta, verbose=False, noise=seeded_noise(5, indices, (4, 8, 8)),
-            unconditional_conditioning=uc, unconditional_guidance_scale=3.0)
+            4,
+            len(indices),
+            [4, 8, 8],
+            c,
+            eta=eta,
+            verbose=False,
+            noise=seeded_noise(5, indices, (4, 8, 8)),
+            unconditional_conditioning=uc,
+            unconditional_guidance_scale=3.0,
+        )
         return ((model.decode_first_stage(latents) + 1) * 127.5).clamp(0, 255)
 
     together, alone = pictures([0, 1, 2]), torch.cat([pictures([i]) for i in range(3)])
@@ -110,8 +119,15 @@ def test_guidance_asks_for_both_conditionings_in_one_batch(model, texts):
     model.apply_model = lambda x, t, c: calls.append((x.shape[0], c)) or original(x, t, c)
     try:
         for scale in (7.5, 1.0):
-            DPMSolverSampler(model).sample(2, 2, [4, 8, 8], texts[0], verbose=False, unconditional_guidance_scale=scale,
-                                           unconditional_conditioning=texts[1])
+            DPMSolverSampler(model).sample(
+                2,
+                2,
+                [4, 8, 8],
+                texts[0],
+                verbose=False,
+                unconditional_guidance_scale=scale,
+                unconditional_conditioning=texts[1],
+            )
     finally:
         del model.apply_model
     assert [n for n, _ in calls] == [4, 4, 2, 2]
@@ -119,13 +135,17 @@ def test_guidance_asks_for_both_conditionings_in_one_batch(model, texts):
 
 
 def test_the_last_of_a_trajectory_is_the_sample(model, texts):
-    arguments = {"unconditional_conditioning": texts[1], "unconditional_guidance_scale": 2.0,
-                 "x_T": torch.ones(2, 4, 8, 8)}
+    arguments = {
+        "unconditional_conditioning": texts[1],
+        "unconditional_guidance_scale": 2.0,
+        "x_T": torch.ones(2, 4, 8, 8),
+    }
     for sampler in (DPMSolverSampler(model), DDIMSampler(model)):
         steps = list(sampler.trajectory(3, 2, [4, 8, 8], texts[0], **arguments))
         seen = []
-        latents, inter = sampler.sample(3, 2, [4, 8, 8], texts[0], verbose=False, callback=seen.append, log_every_t=1,
-                                        **arguments)
+        latents, inter = sampler.sample(
+            3, 2, [4, 8, 8], texts[0], verbose=False, callback=seen.append, log_every_t=1, **arguments
+        )
         assert torch.equal(latents, steps[-1][1]) and seen == [0, 1, 2]
         if isinstance(sampler, DDIMSampler):
             assert len(inter["x_inter"]) == 4 and torch.equal(inter["pred_x0"][-1], steps[-1][2])
@@ -213,8 +233,9 @@ def test_every_time_may_be_drawn_in_training(model, monkeypatch):
 
 
 def test_learning_rate_warms_up_and_decays():
-    f = LambdaLinearScheduler(warm_up_steps=[10, 0], f_min=[0.1, 0.5], f_max=[1.0, 1.0], f_start=[0.0, 1.0],
-                              cycle_lengths=[110, 100])
+    f = LambdaLinearScheduler(
+        warm_up_steps=[10, 0], f_min=[0.1, 0.5], f_max=[1.0, 1.0], f_start=[0.0, 1.0], cycle_lengths=[110, 100]
+    )
     assert [f(0), f(5), f(10), f.schedule(110)] == pytest.approx([0.0, 0.5, 0.1 + 0.9 * 100 / 110, 0.1])
     assert f(160) == pytest.approx(0.75) and f(210) == pytest.approx(0.5)
 
@@ -228,14 +249,25 @@ def test_network_and_autoencoder_agree_with_diffusers(model, texts):
 
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     unet_config = {
-        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (32, 64), "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2,
-        "cross_attention_dim": 32, "attention_head_dim": 4}
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+    }
     unet = diffusers.UNet2DConditionModel(**unet_config).eval()
     unet.load_state_dict(convert.convert_ldm_unet_checkpoint(dict(state), config=dict(unet.config)))
     vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4,
-        block_out_channels=(32, 32, 64, 64), layers_per_block=1).eval()
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        block_out_channels=(32, 32, 64, 64),
+        layers_per_block=1,
+    ).eval()
     vae.load_state_dict(convert.convert_ldm_vae_checkpoint(dict(state), config=dict(vae.config)))
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([999.0, 12.0])
     with torch.no_grad():

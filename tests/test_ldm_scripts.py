@@ -1,4 +1,5 @@
 """Scripts on ldm: those that students wrote for the course's code run unchanged, and txt2img does what it says."""
+
 import runpy
 import sys
 
@@ -22,7 +23,7 @@ def files(tmp_path_factory):
 
 # As reports of the course have it: load as CompVis's txt2img does, add <new1> to tokenizer and table, train its row,
 # sample.
-STUDENT = '''
+STUDENT = """
 import sys
 import torch
 import numpy as np
@@ -98,12 +99,12 @@ with torch.no_grad():
 assert model.betas.shape == model.alphas_cumprod.shape == (1000,)
 assert model.model.diffusion_model is not None and model.first_stage_model is not None
 print("done")
-'''
+"""
 
 
 def test_students_scripts_run_unchanged(files, tmp_path, monkeypatch, capsys):
     script = STUDENT
-    if not hasattr(torch.nn.functional, "scaled_dot_product_attention"):     # torch 1: no layer norm under CPU autocast
+    if not hasattr(torch.nn.functional, "scaled_dot_product_attention"):  # torch 1: no layer norm under CPU autocast
         script = script.replace('autocast("cpu", dtype=torch.bfloat16)', "nullcontext()")
     (tmp_path / "student.py").write_text(script)
     monkeypatch.setattr(sys, "argv", ["student.py", *files])
@@ -112,14 +113,35 @@ def test_students_scripts_run_unchanged(files, tmp_path, monkeypatch, capsys):
 
 
 def test_compvis_config_with_all_its_training_entries_is_understood():
-    training = OmegaConf.create({"model": {"base_learning_rate": 1.0e-04, "params": {
-        "num_timesteps_cond": 1, "log_every_t": 200, "first_stage_key": "jpg", "cond_stage_key": "txt",
-        "use_ema": False, "monitor": "val/loss_simple_ema",
-        "scheduler_config": {"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": {
-            "warm_up_steps": [10000], "cycle_lengths": [10**13], "f_start": [1e-6], "f_max": [1.0], "f_min": [1.0]}},
-        "unet_config": {"params": {"image_size": 32, "legacy": False}},
-        "first_stage_config": {"params": {"monitor": "val/rec_loss", "lossconfig": {"target": "torch.nn.Identity"}}},
-    }}})
+    training = OmegaConf.create(
+        {
+            "model": {
+                "base_learning_rate": 1.0e-04,
+                "params": {
+                    "num_timesteps_cond": 1,
+                    "log_every_t": 200,
+                    "first_stage_key": "jpg",
+                    "cond_stage_key": "txt",
+                    "use_ema": False,
+                    "monitor": "val/loss_simple_ema",
+                    "scheduler_config": {
+                        "target": "ldm.lr_scheduler.LambdaLinearScheduler",
+                        "params": {
+                            "warm_up_steps": [10000],
+                            "cycle_lengths": [10**13],
+                            "f_start": [1e-6],
+                            "f_max": [1.0],
+                            "f_min": [1.0],
+                        },
+                    },
+                    "unet_config": {"params": {"image_size": 32, "legacy": False}},
+                    "first_stage_config": {
+                        "params": {"monitor": "val/rec_loss", "lossconfig": {"target": "torch.nn.Identity"}}
+                    },
+                },
+            }
+        }
+    )
     config = OmegaConf.merge(ldm_tiny.tiny_config(), training)
     model = instantiate_from_config(config.model)
     assert set(model.state_dict()) == set(ldm_tiny.tiny_model().state_dict())
@@ -154,12 +176,16 @@ def test_a_version_that_is_neither_known_nor_a_folder_is_refused(tmp_path):
 
 def test_prompts_are_tokenised_as_clip_does():
     clip = pytest.importorskip("clip")
-    prompts = ["a photograph of an astronaut riding a horse", "A corgi, in the style of David Revoy!",
-               "1234 it's 5.5%", "café 日本語 ☃"]
+    prompts = [
+        "a photograph of an astronaut riding a horse",
+        "A corgi, in the style of David Revoy!",
+        "1234 it's 5.5%",
+        "café 日本語 ☃",
+    ]
     ours = FrozenCLIPEmbedder(config=ldm_tiny.TINY_TEXT).tokenize(prompts)
     theirs = clip.tokenize(prompts)
     for a, b in zip(ours, theirs):
-        length = int(b.argmax()) + 1                         # CLIP pads with 0, Stable Diffusion with the end token
+        length = int(b.argmax()) + 1  # CLIP pads with 0, Stable Diffusion with the end token
         assert torch.equal(a[:length], b[:length].long()) and (a[length:] == 49407).all()
 
 
@@ -213,20 +239,37 @@ def test_txt2img_options(txt2img, files, tmp_path):
         tokens.add(f"<{name}>", tokens.initial(words))
         tokens.save(tmp_path / f"{name}.pt")
     code, out, err = txt2img(
-        tmp_path, "--from-file", str(tmp_path / "prompts.txt"), "--n_samples", "2", "--fixed_code", "--skip_grid",
-        "--ddim_eta", "0.5", "--scale", "1", "--embedding_path", str(tmp_path / "new1.pt"), str(tmp_path / "new2.pt"))
+        tmp_path,
+        "--from-file",
+        str(tmp_path / "prompts.txt"),
+        "--n_samples",
+        "2",
+        "--fixed_code",
+        "--skip_grid",
+        "--ddim_eta",
+        "0.5",
+        "--scale",
+        "1",
+        "--embedding_path",
+        str(tmp_path / "new1.pt"),
+        str(tmp_path / "new2.pt"),
+    )
     assert code == 0, err
     made = pictures(tmp_path / "samples")
     assert len(made) == 6 and not list(tmp_path.glob("grid*"))
-    assert all(np.array_equal(made[i], made[i + 3]) for i in range(3))       # fixed_code: every iteration the same
+    assert all(np.array_equal(made[i], made[i + 3]) for i in range(3))  # fixed_code: every iteration the same
     assert txt2img(tmp_path, "--skip_save", "--n_iter", "1", "--n_samples", "1")[0] == 0
     assert len(pictures(tmp_path / "samples")) == 6 and len(list(tmp_path.glob("grid-0000.png"))) == 1
 
 
-MISTAKES = [(["--H", "100"], "multiples of 64"), (["--ckpt", "none.ckpt"], "none.ckpt"),
-            (["--ddim_steps", "0"], "ddim_steps"),
-            (["--from-file", "no.txt"], "no.txt"), (["--config", "no.yaml"], "no.yaml"),
-            (["--embedding_path", "no.pt"], "no.pt")]
+MISTAKES = [
+    (["--H", "100"], "multiples of 64"),
+    (["--ckpt", "none.ckpt"], "none.ckpt"),
+    (["--ddim_steps", "0"], "ddim_steps"),
+    (["--from-file", "no.txt"], "no.txt"),
+    (["--config", "no.yaml"], "no.yaml"),
+    (["--embedding_path", "no.pt"], "no.pt"),
+]
 
 
 @pytest.mark.parametrize("options,word", MISTAKES)

@@ -1,4 +1,5 @@
 """stable-diffusion/train.py: the small model from pictures and captions to a checkpoint that everything else takes."""
+
 import contextlib
 import io
 import json
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("lightning")
+pytest.importorskip("pytorch_lightning")
 clip = pytest.importorskip("clip")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "stable-diffusion"))
 
@@ -20,9 +21,16 @@ from ldm.util import ModelError, load_model  # noqa: E402
 
 SUBJECTS = ["a red dot", "a green dot", "a blue dot", "a black box", "a white box", "an orange"]
 VENDORS = ["Noto", "Twemoji", "OpenMoji"]
-SMALL = ["training.autoencoder.steps=3", "training.autoencoder.batch_size=4", "training.clip.steps=3",
-         "training.clip.batch_size=8", "training.clip.vision_layers=[1,1,1,1]", "training.diffusion.steps=3",
-         "training.diffusion.batch_size=4", "training.diffusion.variants=2"]
+SMALL = [
+    "training.autoencoder.steps=3",
+    "training.autoencoder.batch_size=4",
+    "training.clip.steps=3",
+    "training.clip.batch_size=8",
+    "training.clip.vision_layers=[1,1,1,1]",
+    "training.diffusion.steps=3",
+    "training.diffusion.batch_size=4",
+    "training.diffusion.variants=2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +38,22 @@ def data(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("emoji"), np.random.RandomState(0)
     subject, vendor = (a.ravel() for a in np.meshgrid(range(6), range(3), indexing="ij"))
     split = ((subject + vendor) % 6 == 5).astype(np.uint8)
-    np.savez(folder / "emoji.npz", images=rng.randint(0, 256, (18, 64, 64, 3), dtype=np.uint8), subject=subject,
-             vendor=vendor, split=split)
-    (folder / "emoji.json").write_text(json.dumps({
-        "subjects": [{"phrase": s} for s in SUBJECTS], "vendors": [{"name": v} for v in VENDORS],
-        "splits": ["train", "val", "subject", "style"]}))
+    np.savez(
+        folder / "emoji.npz",
+        images=rng.randint(0, 256, (18, 64, 64, 3), dtype=np.uint8),
+        subject=subject,
+        vendor=vendor,
+        split=split,
+    )
+    (folder / "emoji.json").write_text(
+        json.dumps(
+            {
+                "subjects": [{"phrase": s} for s in SUBJECTS],
+                "vendors": [{"name": v} for v in VENDORS],
+                "splits": ["train", "val", "subject", "style"],
+            }
+        )
+    )
     return folder
 
 
@@ -84,7 +103,7 @@ def test_words_of_no_caption_get_the_mean_embedding_and_the_others_their_own(tra
 @pytest.mark.parametrize("ids", [[49408], [0, 1]])
 def test_ids_of_words_that_do_not_fit_are_one_line(trained, tmp_path, ids):
     checkpoint = torch.load(trained / "model.ckpt")
-    rows = torch.zeros({1: 1, 2: 3}[len(ids)], 128)         # an id too large; more rows than ids
+    rows = torch.zeros({1: 1, 2: 3}[len(ids)], 128)  # an id too large; more rows than ids
     checkpoint["state_dict"].update({"known_words": torch.tensor(ids), train.TABLE: rows})
     torch.save(checkpoint, tmp_path / "bad.ckpt")
     with pytest.raises(ModelError, match="bad.ckpt: .*known_words do not fit"):
@@ -100,7 +119,8 @@ def test_the_clip_builds_by_clip_load_and_its_text_tower_is_the_models_text_enco
     end = int(tokens.argmax())
     with torch.no_grad():
         torch.testing.assert_close(
-            hidden[end] @ network.float().text_projection, network.encode_text(tokens)[0], rtol=2e-3, atol=2e-3)
+            hidden[end] @ network.float().text_projection, network.encode_text(tokens)[0], rtol=2e-3, atol=2e-3
+        )
     assert network.encode_image(torch.zeros(1, 3, 64, 64)).shape == (1, 128)
 
 
@@ -123,7 +143,7 @@ def test_scaling_the_latents_leaves_the_reconstruction_as_it_was(trained, data):
 
 def test_a_second_run_goes_on_where_the_first_one_stopped(trained, data):
     before = (trained / "model.ckpt").read_bytes()
-    (trained / "model.ckpt").unlink()                   # the last stage only: from its last.ckpt, which is finished
+    (trained / "model.ckpt").unlink()  # the last stage only: from its last.ckpt, which is finished
     code, printed = run(data, trained)
     assert code == 0 and "autoencoder.pt, " not in printed
     a, b = torch.load(io.BytesIO(before))["state_dict"], torch.load(trained / "model.ckpt")["state_dict"]
@@ -139,7 +159,7 @@ def test_ctrl_c_says_where_the_same_line_goes_on(data, tmp_path, monkeypatch, ca
     try:
         assert run(data, tmp_path)[0] == 130
     finally:
-        signal.signal(signal.SIGINT, handler)           # Lightning leaves it ignored
+        signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
     last = tmp_path / "autoencoder/last.ckpt"
     said = f"interrupted; the same line starts anew: {last} comes after 3 steps"
     assert capsys.readouterr().err.strip().splitlines()[-1] == said
@@ -159,7 +179,7 @@ def test_a_caption_that_says_only_the_subject_is_right_for_every_style():
     form = torch.tensor([train.CAPTIONS.index("{subject}")] * 3)
     batch = torch.zeros(3, 3, 64, 64), None, torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), form
     near, losses = torch.tensor([[9.0, 9, 0], [9, 9, 0], [0, 0, 9]]), []
-    for logits in (near, 9 * torch.eye(3)):             # the second takes the other picture of the subject for wrong
+    for logits in (near, 9 * torch.eye(3)):  # the second takes the other picture of the subject for wrong
         module.model.logits = logits
         losses.append(float(module.training_step(batch, 0)))
     assert losses[0] < 0.7 < 3 < losses[1]

@@ -1,4 +1,5 @@
 """tools/make_digits.py on small stand-ins of the public files: what it builds, and what each kind of damage says."""
+
 import bz2
 import csv
 import hashlib
@@ -90,8 +91,12 @@ def test_mnist_m_is_the_difference_of_a_patch_and_the_digit():
     digit = np.random.RandomState(0).randint(0, 256, (28, 28), dtype=np.uint8)
     photo = np.random.RandomState(1).randint(0, 256, (33, 41, 3), dtype=np.uint8)
     blended = make_digits.blend(digit, photo, np.random.default_rng(3)).astype(int)
-    found = [(y, x) for y in range(6) for x in range(14)
-             if np.array_equal(blended, np.abs(photo[y : y + 28, x : x + 28].astype(int) - digit[..., None]))]
+    found = [
+        (y, x)
+        for y in range(6)
+        for x in range(14)
+        if np.array_equal(blended, np.abs(photo[y : y + 28, x : x + 28].astype(int) - digit[..., None]))
+    ]
     assert len(found) == 1
     whole = photo[:28, :28]
     assert np.array_equal(make_digits.blend(np.zeros((28, 28), np.uint8), whole, np.random.default_rng(0)), whole)

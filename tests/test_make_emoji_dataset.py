@@ -1,4 +1,5 @@
 """tools/make_emoji_dataset.py, on small packages that are built here: names, splits, pictures, and what it refuses."""
+
 import base64
 import hashlib
 import io
@@ -18,9 +19,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import make_emoji_dataset as tool  # noqa: E402
 
-from concepts import image_files, read_concepts  # noqa: E402
+from p3_concepts import image_files, read_concepts  # noqa: E402
 
-NAMES = {                                                   # code: (Unicode's name, CLDR's name, category, subcategory)
+NAMES = {  # code: (Unicode's name, CLDR's name, category, subcategory)
     "1F436": ("DOG FACE", "dog face", "Animals & Nature", "animal-mammal"),
     "1F98A": ("FOX FACE", "fox", "Animals & Nature", "animal-mammal"),
     "1F40E": ("HORSE", "horse", "Animals & Nature", "animal-mammal"),
@@ -98,7 +99,7 @@ def publish(monkeypatch, tmp_path):
         monkeypatch.setattr(tool, "PACKAGES", pinned)
         return folder
 
-    def draw(data, side):                                   # the square of vector(), without resvg-py
+    def draw(data, side):  # the square of vector(), without resvg-py
         image = Image.new("RGBA", (side, side))
         fill = re.search(rb'fill="#(\w{6})"', data).group(1).decode()
         image.paste(tuple(bytes.fromhex(fill)), (side // 4, side // 4, 3 * side // 4, 3 * side // 4))
@@ -194,7 +195,7 @@ def test_captions_name_the_subject_alike_for_all_vendors(publish, tmp_path):
     }
     assert "a dog face, in the style of Noto" in captions and "a dog face, in the style of Fluent 3D" in captions
     assert "grapes, in the style of Twemoji" in captions
-    assert len(captions) == len(arrays["images"]) == 11 * 6          # neither the man teacher nor Japan's flag
+    assert len(captions) == len(arrays["images"]) == 11 * 6  # neither the man teacher nor Japan's flag
     names = {s["code"]: s["name"] for s in info["subjects"]}
     assert names["2764"] == "red heart" and "1F468-200D-1F3EB" not in names and "1F1EF-1F1F5" not in names
 
@@ -282,7 +283,7 @@ def test_one_in_twenty_pairs_validates_and_its_subject_is_seen_in_other_styles()
     names = [v.name for v in tool.VENDORS]
     rows = [[tool.split_of(f"{0xF0000 + i:X}", v, names) for v in names] for i in range(2000)]  # no held-back code
     assert all(row.count("val") <= 1 and row.count("train") >= 4 and row[-1] == "style" for row in rows)
-    held = np.array([[split == "val" for split in row[:-1]] for row in rows])       # [2000, 5 coloured styles]
+    held = np.array([[split == "val" for split in row[:-1]] for row in rows])  # [2000, 5 coloured styles]
     assert held.mean() == pytest.approx(0.05, abs=0.006)
     assert held.mean(0) == pytest.approx(np.full(5, 0.05), abs=0.015)
 
@@ -393,7 +394,7 @@ def test_where_only_npm_reaches_a_registry_it_fetches(publish, tmp_path, monkeyp
     folder = publish(contents())
     npm = tmp_path / "bin" / "npm"
     npm.parent.mkdir()
-    npm.write_text(                                         # npm pack SPEC --silent --fetch-retries=0 ... DEST
+    npm.write_text(  # npm pack SPEC --silent --fetch-retries=0 ... DEST
         '#!/bin/sh\nname=$(echo "$2" | sed "s/^@//; s,/,-,; s/@/-/")\ncp "' + str(folder) + '/$name.tgz" "$6"\n'
     )
     npm.chmod(0o755)

@@ -1,4 +1,5 @@
 """Problem 1: the network, what hw2_1.sh writes, and a training that learns, stops and resumes."""
+
 import csv
 import functools
 import os
@@ -56,8 +57,13 @@ def test_output_depends_on_every_input(checkpoint):
     with torch.no_grad():
         out = model(x, t, digit, domain)
         assert out.shape == x.shape and out.dtype == torch.float32
-        for changed in ((x + 0.1, t, digit, domain), (x, t + 100, digit, domain), (x, t, digit + 1, domain),
-                        (x, t, torch.tensor([NO_DIGIT]), domain), (x, t, digit, domain + 1)):
+        for changed in (
+            (x + 0.1, t, digit, domain),
+            (x, t + 100, digit, domain),
+            (x, t, digit + 1, domain),
+            (x, t, torch.tensor([NO_DIGIT]), domain),
+            (x, t, digit, domain + 1),
+        ):
             assert (model(*changed) - out).abs().max() > 1e-4
 
 
@@ -98,7 +104,7 @@ def test_hw2_1_gives_the_same_bytes_every_time(tmp_path):
         outputs.append({p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.png")})
     assert outputs[0] == outputs[1] and len(outputs[0]) == 1000
     judges = {d: load_classifier(ROOT / f"checkpoints/{d}_classifier.pth") for d in ("mnistm", "svhn")}
-    for domain, judge in judges.items():            # the table in README.md has the accuracies; this catches a wreck
+    for domain, judge in judges.items():  # the table in README.md has the accuracies; this catches a wreck
         files = sorted((tmp_path / "a" / domain).iterdir())
         images = torch.from_numpy(np.stack([np.asarray(Image.open(f)) for f in files])).permute(0, 3, 1, 2)
         assert (predict(judge, images) == torch.tensor([int(f.name[0]) for f in files])).float().mean() > 0.9
@@ -122,8 +128,11 @@ def test_bad_checkpoints_are_one_line_and_exit_code_2(checkpoint, tmp_path):
     del damaged["state_dict"]["stem.weight"]
     torch.save(damaged, tmp_path / "lacks.pt")
     for name, message in {
-        "gone.pt": "no such checkpoint", "cut.pt": "damaged", "evil.pt": "would run code",
-        "other.pt": "not a checkpoint of p1_train.py", "lacks.pt": "lacks the key stem.weight",
+        "gone.pt": "no such checkpoint",
+        "cut.pt": "damaged",
+        "evil.pt": "would run code",
+        "other.pt": "not a checkpoint of p1_train.py",
+        "lacks.pt": "lacks the key stem.weight",
     }.items():
         done = script("p1_infer.py", tmp_path / "out", "--checkpoint", tmp_path / name, code=2, cwd=tmp_path)
         error = [line for line in done.stderr.splitlines() if line]
@@ -153,8 +162,27 @@ def tiny(tmp_path_factory):
     torch.manual_seed(0)
     save_checkpoint({"state_dict": LeNet().state_dict()}, folder / "lenet.pth")
     judge = folder / "lenet.pth"
-    return ["--data", folder, "--classifiers", judge, judge, "--channels", 16, "--deep", 64, "--batch-size", 16,
-            "--device", "cpu", "--precision", "fp32", "--ema", 0.5, "--warmup", 2]
+    return [
+        "--data",
+        folder,
+        "--classifiers",
+        judge,
+        judge,
+        "--channels",
+        16,
+        "--deep",
+        64,
+        "--batch-size",
+        16,
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--ema",
+        0.5,
+        "--warmup",
+        2,
+    ]
 
 
 def losses(run, column):
@@ -163,7 +191,7 @@ def losses(run, column):
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(tiny, tmp_path):
-    pytest.importorskip("lightning")
+    pytest.importorskip("pytorch_lightning")
     options = [*tiny, "--epoch-steps", 3, "--lr", 1e-3]
     script("p1_train.py", *options, "--out", tmp_path / "whole", "--steps", 9)
     script("p1_train.py", *options, "--out", tmp_path / "parts", "--steps", 9, "--max-epochs", 2)
@@ -178,9 +206,9 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tiny, tmp_path):
 
 
 def test_ctrl_c_says_where_the_same_line_goes_on(tiny, tmp_path):
-    pytest.importorskip("lightning")
+    pytest.importorskip("pytorch_lightning")
     command = [sys.executable, ROOT / "p1_train.py", *tiny, "--out", tmp_path, "--steps", 9000, "--epoch-steps", 3]
-    heeds_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)      # background jobs do not
+    heeds_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs do not
     options = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": heeds_ctrl_c}
     with subprocess.Popen(list(map(str, command)), **options) as running:
         while not (tmp_path / "last.ckpt").is_file() and running.poll() is None:
@@ -192,7 +220,7 @@ def test_ctrl_c_says_where_the_same_line_goes_on(tiny, tmp_path):
 
 
 def test_a_short_training_lowers_the_loss_of_both_domains(tiny, tmp_path):
-    pytest.importorskip("lightning")
+    pytest.importorskip("pytorch_lightning")
     script("p1_train.py", *tiny, "--out", tmp_path, "--steps", 120, "--epoch-steps", 40, "--lr", 4e-3)
     for domain in ("mnistm", "svhn"):
         first, *_, last = losses(tmp_path, f"val_loss_{domain}")
@@ -204,14 +232,14 @@ def test_a_short_training_lowers_the_loss_of_both_domains(tiny, tmp_path):
 
 
 def test_two_processes_train_together(tiny, tmp_path):
-    pytest.importorskip("lightning")
+    pytest.importorskip("pytorch_lightning")
     done = script("p1_train.py", *tiny, "--out", tmp_path, "--steps", 3, "--epoch-steps", 3, "--devices", 2)
     assert "MEMBER: 2/2" in done.stdout + done.stderr and done.stdout.count("step 3 of 3; wrote") == 1
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 3
 
 
 def test_a_training_without_data_is_one_line(tmp_path):
-    pytest.importorskip("lightning")
+    pytest.importorskip("pytorch_lightning")
     done = script("p1_train.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "run", code=2)
     assert "nowhere/mnistm/train.csv: not found" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
@@ -237,8 +265,15 @@ def judged(tmp_path_factory):
 
 
 def test_the_course_s_command_line_and_output_lines(judged):
-    done = script("digit_classifier.py", "--folder", judged, "--checkpoint", judged / "lenet.pth",
-                  "--svhn-checkpoint", judged / "resnet.pth")
+    done = script(
+        "digit_classifier.py",
+        "--folder",
+        judged,
+        "--checkpoint",
+        judged / "lenet.pth",
+        "--svhn-checkpoint",
+        judged / "resnet.pth",
+    )
     lines = done.stdout.splitlines()
     assert "MNIST-M acc = 0.1000 (correct/total = 3/30)" in lines
     assert "SVHN acc = 0.1000 (correct/total = 3/30)" in lines
@@ -250,8 +285,15 @@ def test_labels_are_the_first_character_of_the_name(judged, tmp_path):
     for domain in ("mnistm", "svhn"):
         (tmp_path / domain).mkdir()
         Image.fromarray(np.zeros((28, 28, 3), np.uint8)).save(tmp_path / domain / "4_001.png")
-    done = script("digit_classifier.py", "--folder", tmp_path, "--checkpoint", judged / "lenet.pth",
-                  "--svhn-checkpoint", judged / "lenet.pth")
+    done = script(
+        "digit_classifier.py",
+        "--folder",
+        tmp_path,
+        "--checkpoint",
+        judged / "lenet.pth",
+        "--svhn-checkpoint",
+        judged / "lenet.pth",
+    )
     assert done.stdout.splitlines()[-1] == "acc = 1.0000"
 
 

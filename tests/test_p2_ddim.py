@@ -1,4 +1,5 @@
 """p2_ddim.py and hw2_2.sh on a tiny network: the pictures, the sheets, repeatability, and one line for bad input."""
+
 import errno
 import json
 import os
@@ -28,7 +29,7 @@ def unet(tmp_path_factory):
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.7 * parameter[0].numel() ** -0.5)
-    model.out[2].weight.data *= 0.1                         # or else rounding errors would grow from step to step
+    model.out[2].weight.data *= 0.1  # or else rounding errors would grow from step to step
     path = tmp_path_factory.mktemp("unet") / "unet.pt"
     torch.save(model.state_dict(), path)
     return path
@@ -113,7 +114,7 @@ def test_the_exit_code_tells_whether_the_mean_squared_error_is_under_20(unet, no
     assert "mean squared error 0.0000, under" in capsys.readouterr().out.splitlines()[-1]
     truth = pixels(tmp_path / "gt" / "00.png")
     Image.fromarray(np.where(truth < 128, truth + 10, truth - 10).astype(np.uint8)).save(tmp_path / "gt" / "00.png")
-    assert run(noise, tmp_path / "out", unet, "--steps", 10, "--gt", tmp_path / "gt") == 1      # 100 in one of four: 25
+    assert run(noise, tmp_path / "out", unet, "--steps", 10, "--gt", tmp_path / "gt") == 1  # 100 in one of four: 25
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "00: mean squared error 100.0000"
     assert "mean squared error 25.0000, NOT UNDER" in lines[-1]
@@ -125,7 +126,7 @@ def test_the_eta_sheet_has_five_rows_of_four_and_begins_with_the_deterministic_o
     assert sheet.shape == (5 * 34 + 2, 4 * 34 + 2, 3)
     cell = {(r, c): sheet[34 * r + 2 : 34 * r + 34, 34 * c + 2 : 34 * c + 34] for r in range(5) for c in range(4)}
     for c in range(4):
-        stretched = pixels(tmp_path / f"{c:02d}.png")                   # the same picture, but for its range
+        stretched = pixels(tmp_path / f"{c:02d}.png")  # the same picture, but for its range
         assert np.corrcoef(stretched.ravel(), cell[0, c].ravel())[0, 1] > 0.999
         assert len({cell[r, c].tobytes() for r in range(5)}) == 5
 

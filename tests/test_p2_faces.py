@@ -1,4 +1,5 @@
 """The faces that ship, checkpoints/p2_faces.pt: by the commands of the README, few steps, and by its loss."""
+
 import os
 import pathlib
 

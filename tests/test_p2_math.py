@@ -1,4 +1,5 @@
 """What Problem 2 rests on: DDIM and DDPM on a Gaussian, where the answer is known, and paths between two noises."""
+
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import diffusion
 from diffusion import ddim, ddpm, lerp, schedule, slerp, timesteps
 from utils import beta_scheduler, noise_stream
 
-MEAN, STD = 0.3, 0.5                                        # of the data, a Gaussian: its best eps has a closed form
+MEAN, STD = 0.3, 0.5  # of the data, a Gaussian: its best eps has a closed form
 
 
 def gaussian_eps(alpha_bar):
@@ -23,7 +24,7 @@ def gaussian_eps(alpha_bar):
 
 def run(sampler, times, n=16, **options):
     alpha_bar = schedule("linear", 1000)
-    noise = noise_stream(0, [5], (n, 3, 16, 16))            # one stream of n pictures at a time
+    noise = noise_stream(0, [5], (n, 3, 16, 16))  # one stream of n pictures at a time
     x = noise()[0].double()
     options = {"noise": lambda: noise()[0].double(), "clip": False, **options}
     return diffusion.run(sampler(gaussian_eps(alpha_bar), x, alpha_bar, times, **options))
@@ -37,8 +38,8 @@ def test_the_courses_beta_scheduler_is_the_linear_schedule():
 def test_eta_1_over_all_steps_is_ancestral_sampling():
     times = timesteps(1000, 1000)
     a, b = run(ddim, times, eta=1.0), run(ddpm, times)
-    assert (a - b).abs().max() < 1e-6                       # step by step, with the same noise
-    n = a.numel()                                           # 12,288 values: within four standard errors of the truth
+    assert (a - b).abs().max() < 1e-6  # step by step, with the same noise
+    n = a.numel()  # 12,288 values: within four standard errors of the truth
     assert abs(a.mean() - MEAN) < 4 * STD / math.sqrt(n)
     assert abs(a.std() - STD) < 4 * STD / math.sqrt(2 * n) + 2e-3
 

@@ -1,4 +1,5 @@
 """p2_train.py in small: it learns, resumes where it stopped, and its checkpoint draws pictures in p2_ddim.py."""
+
 import csv
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("lightning", reason="training needs requirements-dev")
+pytest.importorskip("pytorch_lightning", reason="training needs requirements-dev")
 
 import p2_ddim
 import p2_train

@@ -1,4 +1,5 @@
 """p3_clip_zeroshot.py with a tiny random CLIP: the pictures are named so that the accuracy is known beforehand."""
+
 import json
 import os
 import sys
@@ -89,9 +90,10 @@ def test_underscores_of_class_names_are_spaces(data):
     assert zeroshot.read_data(data)[2][0] == "willow tree"
 
 
-@pytest.mark.parametrize("option, value, complaint", [
-    ("--prompt", "A photo.", "{object}"), ("--data", "none", "id2label.json"), ("--model", "none.pt", "none.pt"),
-])
+@pytest.mark.parametrize(
+    "option, value, complaint",
+    [("--prompt", "A photo.", "{object}"), ("--data", "none", "id2label.json"), ("--model", "none.pt", "none.pt")],
+)
 def test_bad_input_is_one_line_and_code_2(data, clip_file, tmp_path, monkeypatch, capsys, option, value, complaint):
     good = ["--data", data, "--model", clip_file, "--out", tmp_path / "out"]
     assert run(monkeypatch, *good, option, value) == 2

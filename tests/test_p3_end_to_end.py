@@ -1,4 +1,5 @@
 """Problem 3 from end to end on the small Stable Diffusion that ships: real pictures, real words, real scores."""
+
 import json
 import subprocess
 import sys
@@ -13,8 +14,8 @@ sys.path.insert(0, str(ROOT / "evaluation"))
 
 from grade_hw2_3 import grade  # noqa: E402
 
-from concepts import image_files, read_concepts  # noqa: E402
 from p3_clip import image_scores, load_clip, text_scores  # noqa: E402
+from p3_concepts import image_files, read_concepts  # noqa: E402
 from p3_model import generate, learned_tokens, load_embeddings, load_stable_diffusion  # noqa: E402
 
 CKPT, CLIP = ROOT / "checkpoints/tiny.ckpt", ROOT / "checkpoints/tiny_clip.pt"
@@ -53,7 +54,7 @@ def test_a_prompt_draws_its_own_style(model, clip):
         captions = [f"{subject}, in the style of {s}" for s in styles]
         nearest = (clip.images([draw(model, c, 1)[0] for c in captions]) @ clip.texts(captions).T).argmax(1)
         right += int((nearest == torch.arange(len(styles))).sum())
-    assert right >= 8                                       # of 15, where chance has 3
+    assert right >= 8  # of 15, where chance has 3
 
 
 def test_without_guidance_the_text_is_followed_less(model, clip):
@@ -76,7 +77,7 @@ def test_hw2_3_sh_writes_what_the_grader_grades(clip, tmp_path, capsys):
     for entry in task.values():
         for name in ("prompt", "prompt_4_clip_eval", "baseline"):
             entry[name] = entry[name][:1]
-        entry["baseline"][0][1] = 10.0                      # fewer steps than the baselines were measured with
+        entry["baseline"][0][1] = 10.0  # fewer steps than the baselines were measured with
     (tmp_path / "input.json").write_text(json.dumps(task))
     command = ["bash", ROOT / "hw2_3.sh", tmp_path / "input.json", tmp_path / "out", CKPT, "--steps", "12"]
     done = subprocess.run([*command, "--embeddings", TASK / "embeddings"], capture_output=True, text=True)

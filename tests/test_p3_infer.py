@@ -1,4 +1,5 @@
 """p3_infer.py and hw2_3.sh on a tiny Stable Diffusion: layout, resuming, missing embeddings, the time limit."""
+
 import importlib.util
 import json
 import os
@@ -165,7 +166,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(task, tmp_path, monkeypatch
     monkeypatch.setattr(p3_model, "generate", interrupted)
     assert run(monkeypatch, *task) == 130
     assert f"the same line goes on with the pictures that {task[1]} lacks" in capsys.readouterr().err
-    assert len(contents(task[1])) == 5                       # batches of 2, 1, 2
+    assert len(contents(task[1])) == 5  # batches of 2, 1, 2
     monkeypatch.setattr(p3_model, "generate", generate)
     assert run(monkeypatch, *task) == 0
     assert "wrote 7 pictures" in capsys.readouterr().out
@@ -194,7 +195,7 @@ def test_pictures_of_other_prompts_settings_or_embeddings_are_made_anew(task, fi
     tokens.save(tmp_path / "new2.pt")
     (tmp_path / "new1.pt").write_bytes((Path(task[task.index("--embeddings") + 1]) / "new1.pt").read_bytes())
     task += ["--embeddings", tmp_path]
-    assert made() == 6                                       # the prompts that say <new2>
+    assert made() == 6  # the prompts that say <new2>
     task += ["--images", 2]
     assert made() == 0
     assert sorted(contents(task[1])) == [p for p in sorted(LAYOUT) if not p.endswith("_2.png")]
@@ -274,12 +275,12 @@ def test_steps_are_lowered_to_meet_the_deadline_but_not_below_the_fewest(monkeyp
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     clock = p3_infer.Clock(deadline=1100.0)
-    clock.step, clock.rest = 0.1, 0.5                        # seconds a picture: each step, and beside the steps
-    assert clock.steps(25, 20) == 25                         # 20 x 3.0 s fit into 100 s
-    assert clock.steps(25, 50) == 15                         # 2 s a picture are left: 0.5 + 15 x 0.1
+    clock.step, clock.rest = 0.1, 0.5  # seconds a picture: each step, and beside the steps
+    assert clock.steps(25, 20) == 25  # 20 x 3.0 s fit into 100 s
+    assert clock.steps(25, 50) == 15  # 2 s a picture are left: 0.5 + 15 x 0.1
     assert clock.steps(25, 1000) == p3_infer.FEWEST_STEPS
     assert p3_infer.Clock(None).steps(25, 1000) == 25
-    clock.learn(2.5, 10)                                     # a batch was slower: 0.2 s a step
+    clock.learn(2.5, 10)  # a batch was slower: 0.2 s a step
     assert clock.steps(25, 50) == 8
     assert clock.needs(10, 5) == pytest.approx(10 * 1.5)
 
@@ -311,14 +312,17 @@ def test_pictures_of_lowered_steps_are_said_and_made_anew_when_there_is_time(tas
 # ------------------------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize("change, complaint", [
-    ({2: "none.ckpt"}, "none.ckpt"),
-    ({0: "none.json"}, "none.json"),
-    ({"--size": 100}, "multiple of 64"),
-    ({"--steps": 0}, "--steps"),
-    ({"--config": "none.yaml"}, "none.yaml"),
-    ({"--config": "wide.yaml"}, "where the config says"),    # the config of another size
-])
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({2: "none.ckpt"}, "none.ckpt"),
+        ({0: "none.json"}, "none.json"),
+        ({"--size": 100}, "multiple of 64"),
+        ({"--steps": 0}, "--steps"),
+        ({"--config": "none.yaml"}, "none.yaml"),
+        ({"--config": "wide.yaml"}, "where the config says"),  # the config of another size
+    ],
+)
 def test_bad_input_is_one_line_and_code_2(task, tmp_path, monkeypatch, capsys, change, complaint):
     monkeypatch.chdir(tmp_path)
     Path("wide.yaml").write_text(p3_tiny.CONFIG.replace("model_channels: 32", "model_channels: 64"))

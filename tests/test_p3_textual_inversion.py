@@ -1,4 +1,5 @@
 """p3_invert.py and p3_textual_inversion.py: an embedding is learned, and nothing else, on a tiny Stable Diffusion."""
+
 import json
 import sys
 import time
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-import concepts
+import p3_concepts
 import p3_invert
 import p3_model
 import p3_textual_inversion
@@ -57,7 +58,7 @@ class ExactDenoiser(torch.nn.Module):
         self.g.weight.data.normal_(generator=torch.Generator().manual_seed(0))
 
     def forward(self, x, t, context):
-        low, share = t.long(), t.float().frac()              # the sampler's times are fractions
+        low, share = t.long(), t.float().frac()  # the sampler's times are fractions
         log_abar = torch.lerp(self.log_abar[low], self.log_abar[(low + 1).clamp(max=999)], share)
         abar = log_abar.exp().view(-1, 1, 1, 1)
         g = self.g(context.mean(1))[:, :, None, None]
@@ -80,7 +81,7 @@ def test_an_embedding_planted_as_the_truth_is_recovered(model, tmp_path):
     start, planted = loss("<new1>"), loss("red")
     recipe = TINY._replace(steps=150, batch=4, lr=0.03 / 4, save_every=150)
     p3_invert.train(model, tokens, "<new1>", moments[2:], moments[:2], [captions] * 2, recipe, tmp_path)
-    assert start > 1.3 * planted                             # there was something to learn
+    assert start > 1.3 * planted  # there was something to learn
     assert loss("<new1>") < 1.05 * planted
 
 
@@ -156,7 +157,7 @@ def test_a_training_with_other_settings_is_not_mixed_in(files, tmp_path):
 
 
 def concept(word="dog", prompts=("a <new1>",)):
-    return concepts.Concept("0", word, "<new1>", list(prompts), [], [])
+    return p3_concepts.Concept("0", word, "<new1>", list(prompts), [], [])
 
 
 def test_a_style_is_told_from_an_object_by_the_prompts():
@@ -170,9 +171,9 @@ def test_writing_and_clocks_are_not_mirrored():
 
 
 def test_crops_are_in_range_upright_and_every_other_one_mirrored(tmp_path):
-    ramp = np.tile(np.linspace(0, 255, 60, dtype=np.uint8)[None, :, None], (90, 1, 3))       # brighter to the right
+    ramp = np.tile(np.linspace(0, 255, 60, dtype=np.uint8)[None, :, None], (90, 1, 3))  # brighter to the right
     exif = Image.Exif()
-    exif[0x0112] = 3                                         # upside down: upright it is brighter to the left
+    exif[0x0112] = 3  # upside down: upright it is brighter to the left
     Image.fromarray(ramp).save(tmp_path / "a.png", exif=exif)
     crops = p3_invert.crops_of(tmp_path / "a.png", 64, 4, True, torch.Generator().manual_seed(0))
     assert crops.shape == (4, 3, 64, 64) and crops.min() >= -1 and crops.max() <= 1
@@ -182,7 +183,7 @@ def test_crops_are_in_range_upright_and_every_other_one_mirrored(tmp_path):
 
 def test_latents_are_sampled_anew_from_moments_encoded_once(model, tmp_path):
     json_file = p3_tiny.write_concepts(tmp_path)
-    pictures = concepts.image_files(json_file.parent / "0")
+    pictures = p3_concepts.image_files(json_file.parent / "0")
     train, held = p3_invert.cache_moments(model, pictures, TINY, True)
     assert train.shape == (4, 2, 4, 8, 8) and held.shape == (2, 2, 4, 8, 8)
     again, _ = p3_invert.cache_moments(model, pictures, TINY, True)
@@ -213,9 +214,9 @@ def test_the_lowest_loss_is_chosen_and_with_a_clip_the_best_score(model, tmp_pat
     assert step == 2 and float(vectors[0, 0]) == 2 and scores == {"held_back_loss": 0.3} and "eps loss" in why
 
     step, vectors, *_ = p3_invert.choose(*arguments, None, TINY._replace(average=2), tmp_path)
-    assert step == 2 and float(vectors[0, 0]) == 1.5         # of steps 1 and 2
+    assert step == 2 and float(vectors[0, 0]) == 1.5  # of steps 1 and 2
 
-    grades = {1: (80, 30), 2: (79, 30), 3: (75, 33)}         # image + 2.5 text: 155, 154, 157.5
+    grades = {1: (80, 30), 2: (79, 30), 3: (75, 33)}  # image + 2.5 text: 155, 154, 157.5
     calls = []
 
     def grade(model, *unused):
@@ -223,18 +224,21 @@ def test_the_lowest_loss_is_chosen_and_with_a_clip_the_best_score(model, tmp_pat
         return grades[calls[-1]]
 
     monkeypatch.setattr(p3_invert, "grader_scores", grade)
-    for _ in range(2):                                       # the second time from scores.json
+    for _ in range(2):  # the second time from scores.json
         step, vectors, scores, why = p3_invert.choose(*arguments, FakeClip(), TINY, tmp_path)
         assert step == 3 and float(vectors[0, 0]) == 3 and "grader" in why
         assert (scores["image"], scores["text"]) == (75, 33)
-    assert calls == [2, 3, 1]                                # the best held-back loss first
+    assert calls == [2, 3, 1]  # the best held-back loss first
 
 
-@pytest.mark.parametrize("given, asked", [
-    ({}, ["A lighthouse on a cliff in the style of dog."]),
-    ({"validation_prompts": ["a {} on ice"]}, ["a dog on ice"]),
-    ({"validation_prompts": {"a {} on ice": "ice", "{} at sea": "the sea"}}, ["ice", "the sea"]),
-])
+@pytest.mark.parametrize(
+    "given, asked",
+    [
+        ({}, ["A lighthouse on a cliff in the style of dog."]),
+        ({"validation_prompts": ["a {} on ice"]}, ["a dog on ice"]),
+        ({"validation_prompts": {"a {} on ice": "ice", "{} at sea": "the sea"}}, ["ice", "the sea"]),
+    ],
+)
 def test_the_clip_is_asked_for_the_texts_of_the_validation_prompts(tmp_path, monkeypatch, given, asked):
     entry = {"src_image": "dog", "token_name": "<new1>", "prompt": ["a <new1>"], **given}
     (tmp_path / "input.json").write_text(json.dumps({"0": entry}))
@@ -248,7 +252,7 @@ def test_the_clip_is_asked_for_the_texts_of_the_validation_prompts(tmp_path, mon
     monkeypatch.setattr(p3_invert, "text_scores", lambda clip, seen, text: told.append(text) or torch.ones(len(seen)))
     monkeypatch.setattr(p3_invert, "image_scores", lambda clip, seen, sources: torch.ones(len(seen)))
     monkeypatch.setattr(p3_invert, "STYLE_VALIDATION", p3_invert.STYLE_VALIDATION[:1])
-    (concept,) = concepts.read_concepts(tmp_path / "input.json")
+    (concept,) = p3_concepts.read_concepts(tmp_path / "input.json")
     monkeypatch.setattr(p3_invert, "fitting_batch", lambda model, size: 5)
     p3_invert.grader_scores(None, "<new1>", concept, "style", None, FakeClip(), TINY._replace(validation_pictures=7))
     assert told == asked and [n for _, n in drawn] == [5, 2] * len(asked) and all("<new1>" in p for p, _ in drawn)
@@ -271,8 +275,22 @@ def task(files, tmp_path):
     """The options of a run on two concepts."""
     json_file = p3_tiny.write_concepts(tmp_path / "data")
     folders = ["--data", json_file.parent, "--out", tmp_path / "out", "--work", tmp_path / "work"]
-    small = ["--size", 64, "--steps", 2, "--save-every", 1, "--batch-size", 2, "--crops", 2, "--precision", "fp32",
-             "--validation-pictures", 2]
+    small = [
+        "--size",
+        64,
+        "--steps",
+        2,
+        "--save-every",
+        1,
+        "--batch-size",
+        2,
+        "--crops",
+        2,
+        "--precision",
+        "fp32",
+        "--validation-pictures",
+        2,
+    ]
     return ["--json", json_file, "--config", files[0], "--ckpt", files[1], *folders, *small]
 
 
@@ -312,8 +330,14 @@ def test_captions_of_one_picture_are_said_of_that_picture_alone(model, tmp_path,
     tokens, said = p3_model.learned_tokens(model), []
     tokens.add("<new1>", tokens.initial("dog"))
     loss = p3_invert.eps_loss
-    monkeypatch.setattr(p3_invert, "eps_loss", lambda m, x, t, prompts, draw: (
-        said.extend(zip(x[:, 0].mean((1, 2, 3)).tolist(), prompts)), loss(m, x, t, prompts, draw))[1])
+    monkeypatch.setattr(
+        p3_invert,
+        "eps_loss",
+        lambda m, x, t, prompts, draw: (
+            said.extend(zip(x[:, 0].mean((1, 2, 3)).tolist(), prompts)),
+            loss(m, x, t, prompts, draw),
+        )[1],
+    )
     captions = [["a red {}", "one red {}"], ["a green {}"]]
     p3_invert.train(model, tokens, "<new1>", moments, moments[::2], captions, TINY._replace(steps=10), tmp_path)
     assert set(said) == {(0.0, "a red <new1>"), (0.0, "one red <new1>"), (1.0, "a green <new1>")}
@@ -336,15 +360,18 @@ def test_only_and_init_word_are_taken(task, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out/new2.pt").exists() and "eps loss" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options, complaint", [
-    (["--only", "7"], "no such entry"),
-    (["--init-word", "corgi"], "--only"),
-    (["--size", "100"], "multiple of 64"),
-    (["--steps", "0"], "1 or more"),
-    (["--ckpt", "none.ckpt"], "none.ckpt"),
-    (["--data", "nowhere"], "nowhere"),
-    (["--clip", "none.pt"], "none.pt"),
-])
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        (["--only", "7"], "no such entry"),
+        (["--init-word", "corgi"], "--only"),
+        (["--size", "100"], "multiple of 64"),
+        (["--steps", "0"], "1 or more"),
+        (["--ckpt", "none.ckpt"], "none.ckpt"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--clip", "none.pt"], "none.pt"),
+    ],
+)
 def test_bad_input_is_one_line_and_code_2(task, tmp_path, monkeypatch, capsys, options, complaint):
     assert script(monkeypatch, *task, "--clip", "none", *options) == 2
     error = capsys.readouterr().err.strip().splitlines()

@@ -1,4 +1,5 @@
 """p4_infer.py and hw2_4.sh: the csv, the scenario, the accuracy, and what each kind of bad input says."""
+
 import csv
 import subprocess
 
@@ -120,7 +121,9 @@ def test_hw2_4_sh_takes_a_folder_and_a_csv(work, tmp_path):
     assert subprocess.run([*command, "only-one"], capture_output=True).returncode == 2
     done = subprocess.run(
         [*command, work / "svhn/data", "out.csv", "--checkpoint", work / "checkpoints/p4_svhn_dann.pt"],
-        cwd=tmp_path, capture_output=True, text=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     infer(work / "svhn/data", tmp_path / "here.csv")
@@ -218,8 +221,19 @@ def test_the_t_sne_picture_has_a_row_of_four_panels_for_each_scenario(work, tmp_
         write_domain(tmp_path / "digits" / name, count=200)
         for mode in ("source", "dann"):
             save(tmp_path / f"p4_{name}_{mode}.pt", domain=SOURCE if mode == "source" else TARGET)
-    p4_tsne.main([str(tmp_path / "out" / "tsne.png"), "--data", str(tmp_path / "digits"), "--device", "cpu",
-                  "--checkpoints", str(tmp_path), "--count", "20"])
+    p4_tsne.main(
+        [
+            str(tmp_path / "out" / "tsne.png"),
+            "--data",
+            str(tmp_path / "digits"),
+            "--device",
+            "cpu",
+            "--checkpoints",
+            str(tmp_path),
+            "--count",
+            "20",
+        ]
+    )
     picture = np.asarray(Image.open(tmp_path / "out" / "tsne.png").convert("RGB")).astype(int)
     assert picture.shape[1] == 2 * picture.shape[0] == 1280
     panels = [half_.reshape(-1, 3) for row in np.split(picture, 2) for half_ in np.array_split(row, 4, axis=1)]

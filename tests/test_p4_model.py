@@ -1,4 +1,5 @@
 """The networks of domain-adversarial training: reversed gradients, the domains' statistics, what a label depends on."""
+
 import pytest
 import torch
 

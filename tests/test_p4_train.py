@@ -1,4 +1,5 @@
 """p4_train.py in small: no label of the target is read, it learns, resumes where it stopped, selects as it says."""
+
 import csv
 import math
 import shutil
@@ -12,7 +13,7 @@ from conftest import ROOT
 from PIL import Image, ImageDraw
 from test_digits import write_domain
 
-pytest.importorskip("lightning", reason="training needs requirements-dev")
+pytest.importorskip("pytorch_lightning", reason="training needs requirements-dev")
 
 import p4_infer
 import p4_train
@@ -239,7 +240,7 @@ def test_a_crowd_shows_the_neighbours_and_else_the_edge_goes_on():
 def test_views_are_not_mirrored():
     torch.manual_seed(0)
     x = -torch.ones(200, 3, 28, 28)
-    x[:, :, 4:10, 4:10] = 1                                 # a square, upper left
+    x[:, :, 4:10, 4:10] = 1  # a square, upper left
     moved = move(x, SOURCE_ZOOM, 0.0).mean(1)
     for side in (moved, moved.transpose(1, 2)):
         assert (side[:, :14].sum((1, 2)) > side[:, 14:].sum((1, 2))).float().mean() > 0.95

@@ -1,4 +1,5 @@
 """LearnedTokens: new rows learn through the frozen model, nothing else moves, and every file format is read."""
+
 import copy
 import os
 
@@ -25,7 +26,7 @@ def fresh(models):
         return models[index], patched[-1][0]
 
     tokenizers = [m.cond_stage_model.tokenizer for m in models]
-    for model in models:                                     # a tokenizer forgets no token: each test has its own
+    for model in models:  # a tokenizer forgets no token: each test has its own
         model.cond_stage_model.tokenizer = copy.deepcopy(model.cond_stage_model.tokenizer)
     yield make
     for tokens, embedder in reversed(patched):
@@ -167,8 +168,14 @@ def test_an_embedding_is_a_small_file(fresh, tmp_path):
 
 def test_the_fields_own_formats_are_read(fresh, tmp_path):
     row = torch.randn(1, 32)
-    automatic = {"string_to_token": {"*": 265}, "string_to_param": {"*": row}, "name": "my-style", "step": 5,
-                 "sd_checkpoint": "abc", "sd_checkpoint_name": None}
+    automatic = {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": row},
+        "name": "my-style",
+        "step": 5,
+        "sd_checkpoint": "abc",
+        "sd_checkpoint_name": None,
+    }
     rinongal = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": torch.nn.ParameterDict()}
     rinongal["string_to_param"]["*"] = torch.nn.Parameter(row)
     torch.save(automatic, tmp_path / "a1111.pt")
@@ -204,12 +211,22 @@ def test_an_embedding_of_another_text_encoder_is_warned_of(fresh, tmp_path):
 # -------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("token,vectors,word", [
-    ("<new1>", torch.zeros(1, 31), "31"), ("<new1>", torch.zeros(1, 1, 32), "32"), ("<new1>", torch.zeros(0, 32), "0"),
-    ("<new1>", torch.full((1, 32), float("nan")), "finite"), ("<new1>", torch.zeros(76, 32), "76"),
-    ("dog", torch.zeros(1, 32), "word of the vocabulary"), ("Dog", torch.zeros(1, 32), "word of the vocabulary"),
-    ("*", torch.zeros(1, 32), "word of the vocabulary"), ("two words", torch.zeros(1, 32), "one word"),
-    ("", torch.zeros(1, 32), "one word"), ("<|endoftext|>", torch.zeros(1, 32), "word of the vocabulary")])
+@pytest.mark.parametrize(
+    "token,vectors,word",
+    [
+        ("<new1>", torch.zeros(1, 31), "31"),
+        ("<new1>", torch.zeros(1, 1, 32), "32"),
+        ("<new1>", torch.zeros(0, 32), "0"),
+        ("<new1>", torch.full((1, 32), float("nan")), "finite"),
+        ("<new1>", torch.zeros(76, 32), "76"),
+        ("dog", torch.zeros(1, 32), "word of the vocabulary"),
+        ("Dog", torch.zeros(1, 32), "word of the vocabulary"),
+        ("*", torch.zeros(1, 32), "word of the vocabulary"),
+        ("two words", torch.zeros(1, 32), "one word"),
+        ("", torch.zeros(1, 32), "one word"),
+        ("<|endoftext|>", torch.zeros(1, 32), "word of the vocabulary"),
+    ],
+)
 def test_bad_placeholders_and_vectors_are_refused(fresh, token, vectors, word):
     model, tokens = fresh()
     size = len(model.cond_stage_model.tokenizer)

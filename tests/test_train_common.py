@@ -1,8 +1,9 @@
 """train_common.py: what a training leaves on the disk."""
+
 import pytest
 import torch
 
-pytest.importorskip("lightning")
+pytest.importorskip("pytorch_lightning")
 
 from train_common import WholeCheckpoints  # noqa: E402
 from utils import UserError  # noqa: E402

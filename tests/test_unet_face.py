@@ -1,4 +1,5 @@
 """UNet.py: its keys and its numbers are the course's; its fast paths and its narrow versions are the same network."""
+
 import hashlib
 import pathlib
 import re
@@ -15,7 +16,7 @@ from p2_ddim import make_eps_model
 from UNet import Attention, ResBlock, UNet, attention, load_unet, plain_attention
 from utils import UserError, torch_version
 
-REFERENCE = pathlib.Path(__file__).parent / "data" / "unet_face.npz"    # the course's UNet.py with these weights
+REFERENCE = pathlib.Path(__file__).parent / "data" / "unet_face.npz"  # the course's UNet.py with these weights
 CPU = torch.device("cpu")
 
 
@@ -117,7 +118,7 @@ def test_layout_and_in_place_activations_change_nothing(narrow):
     torch.manual_seed(0)
     x, t = torch.randn(2, 3, 64, 32), torch.tensor([0, 999])
     given = x.clone()
-    plain = narrow(x, t).detach()                                       # gradients on: nothing in place, NCHW
+    plain = narrow(x, t).detach()  # gradients on: nothing in place, NCHW
     fast = make_eps_model(fill(UNet(channel=8)), CPU, torch.float32)
     with torch.no_grad():
         assert torch.allclose(fast(x, t), plain, atol=1e-6)
@@ -128,7 +129,7 @@ def test_gradients_are_those_of_finite_differences():
     torch.manual_seed(0)
     block = room.Block(8, 16, 32, groups=2, attention=True).double()
     for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)           # some begin at zero, and would hide an error
+        torch.nn.init.normal_(parameter, std=0.3)  # some begin at zero, and would hide an error
     x, emb = torch.randn(1, 8, 4, 4, dtype=torch.float64), torch.randn(1, 32, dtype=torch.float64)
     assert torch.autograd.gradcheck(block, (x.requires_grad_(), emb.requires_grad_()))
 

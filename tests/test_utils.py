@@ -1,4 +1,5 @@
 """Checkpoints are read safely, files appear whole or not at all, noise belongs to its picture."""
+
 import os
 import pickle
 import subprocess
@@ -220,6 +221,6 @@ SCRIPTS = [p.name for p in ROOT.glob("*.py") if "__main__" in p.read_text()]
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_every_script_shows_its_help(script):
     if script.endswith("_train.py"):
-        pytest.importorskip("lightning")
+        pytest.importorskip("pytorch_lightning")
     shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0 and "--seed" in shown.stdout and "--precision" in shown.stdout

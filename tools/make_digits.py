@@ -11,6 +11,7 @@ DEST gets mnistm/, svhn/ and usps/, each with data/*.png of 28x28 and train.csv;
 A domain that is there already is kept. --source DIR holds what torchvision's datasets leave, MNIST/raw/*-ubyte,
 train_32x32.mat, usps.bz2 and usps.t.bz2, and anywhere under it the *.jpg of BSDS500. Needs scipy (for the *.mat).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from utils import UserError, atomic, cli, output_folder
 
-BSDS500 = "https://codeload.github.com/BIDS/BSDS500/zip/refs/heads/master"      # its authors' files, unchanged
+BSDS500 = "https://codeload.github.com/BIDS/BSDS500/zip/refs/heads/master"  # its authors' files, unchanged
 SIZE = 28
 
 
@@ -67,7 +68,7 @@ def dataset(kind, raw, download, **options):
         return kind(raw, download=download, **options)
     except ModuleNotFoundError as e:
         raise UserError(f"{kind.__name__} needs {e.name}; `pip install {e.name}`") from None
-    except Exception as e:          # not there, of another checksum, offline, damaged: many kinds
+    except Exception as e:  # not there, of another checksum, offline, damaged: many kinds
         remedy = "try again with a network, or give the files with --source DIR" if download else "put its files there"
         raise UserError(f"{raw}: {kind.__name__} cannot be read from there ({e}); {remedy}") from None
 
@@ -104,7 +105,7 @@ def read_photograph(path):
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-    except Exception as e:          # Pillow raises many kinds for damaged files
+    except Exception as e:  # Pillow raises many kinds for damaged files
         raise UserError(f"{path}: not a readable picture ({e}); fetch it again") from None
     if min(pixels.shape[:2]) < SIZE:
         raise UserError(f"{path}: smaller than {SIZE}x{SIZE} pixels; it is no photograph of BSDS500")

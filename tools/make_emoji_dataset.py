@@ -34,6 +34,7 @@ A drawing that another emoji has already (Fluent's cat face is its grinning cat,
 leave out) is taken once. OpenMoji and Fluent flat are SVG, drawn by resvg-py (`pip install resvg-py`: 1.4 MB, Python
 3.10 or newer).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -77,13 +78,13 @@ HELD_BACK = {
     "1F353": "strawberry",
     "1F3B8": "guitar",
 }
-VAL_SUBJECTS = 0.25                                         # of these, one of the five coloured pictures
+VAL_SUBJECTS = 0.25  # of these, one of the five coloured pictures
 
-NEW1 = "1F436"                                              # pictures for Textual Inversion: this subject ...
+NEW1 = "1F436"  # pictures for Textual Inversion: this subject ...
 NEW2 = ["1F40E", "1F3E0", "1F33B", "1F354", "1F916", "1F6B2"]  # ... and STYLE's horse, house, sunflower, hamburger, ...
 
 REGISTRY = "https://registry.npmjs.org"
-PACKAGES = {                                                # version and the registry's dist.integrity
+PACKAGES = {  # version and the registry's dist.integrity
     "emoji-datasource-google": (
         "16.0.0",
         "sha512-ZRexfzs7MVoLnmzZmNsO4TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A==",
@@ -110,7 +111,7 @@ PACKAGES = {                                                # version and the re
 class Vendor(NamedTuple):
     name: str
     package: str
-    folder: str                                             # in the package; its files are named by code points
+    folder: str  # in the package; its files are named by code points
     licence: str
     credit: str
 
@@ -230,13 +231,13 @@ def code_of(text):
 # ------------------------------------------------------------------------ subjects and their names
 
 GROUPS_OUT = {"Component", "Flags", "Symbols"}
-SUBGROUPS_IN = {"flag", "geometric", "warning"}             # of these groups
+SUBGROUPS_IN = {"flag", "geometric", "warning"}  # of these groups
 NAMES_OUT = re.compile(
     r"facing right|^(family|kiss|couple with heart): |o.clock$|-thirty$|quarter moon|waxing|waning|"
     r"^small |^(white|black) (medium|small)|button|with a dot|^hot dog$"
 )
-CODES_OUT = {"1F46B", "1F46C", "1F46D", "1F930", "1FAC3"}   # gendered, of one code point: holding hands, pregnant
-RENAMED = {                                                 # where CLDR's name is no noun, or (dog) see above
+CODES_OUT = {"1F46B", "1F46C", "1F46D", "1F930", "1FAC3"}  # gendered, of one code point: holding hands, pregnant
+RENAMED = {  # where CLDR's name is no noun, or (dog) see above
     "poodle": "poodle dog",
     "person: bald": "bald person",
     "breast-feeding": "breast-feeding woman",
@@ -259,13 +260,18 @@ RENAMED = {                                                 # where CLDR's name 
     "Tokyo tower": "Tokyo Tower",
 }
 THE = {"Statue of Liberty", "milky way", "kaaba"}
-UNCOUNTED = set(re.split(r",\s+", """
+UNCOUNTED = set(
+    re.split(
+        r",\s+",
+        """
     Mount Fuji, Tokyo Tower, Santa Claus, Mrs. Claus, Mx Claus, bread, popcorn, bacon, canned food, salt, butter, sake,
     broccoli, garlic, cooked rice, curry rice, spaghetti, sushi, oden, falafel, leafy green, soft ice cream, ice cream,
     shaved ice, custard, mate, ice, bubble tea, pouring liquid, fog, fire, lacrosse, badminton, ping pong, ice hockey,
     field hockey, tennis, bowling, horse racing, cooking, camping, thread, yarn, soap, wood, coral, nail polish, dna,
     luggage, ZZZ, dashing away, light rail, non-potable water, money with wings
-""".strip()))
+""".strip(),
+    )
+)
 
 
 def choose_subjects(emoji, annotations):
@@ -352,7 +358,7 @@ def render_vendor(vendor, tarball, codes):
             pictures[code] = render(data, name)
         except UserError:
             raise
-        except Exception as e:                              # Pillow and resvg raise many kinds for damaged files
+        except Exception as e:  # Pillow and resvg raise many kinds for damaged files
             raise UserError(f"{tarball}: its {name} is no readable picture ({e})") from None
     return pictures
 
@@ -379,7 +385,7 @@ def split_of(code, vendor, drawn_by):
 def without_copies(pictures):
     """The same {vendor name: {code: image}}, less the images that equal one before, of any subject and vendor."""
     seen, kept = set(), {}
-    for vendor in VENDORS:                                  # STYLE is the last
+    for vendor in VENDORS:  # STYLE is the last
         kept[vendor.name] = {}
         for code, image in sorted(pictures[vendor.name].items()):
             if image.tobytes() not in seen:

@@ -5,6 +5,7 @@ read here with an unpickler that builds only containers, numbers and description
 one, as they are asked for. Objects of trainers (Lightning, OmegaConf ...) become inert stand-ins: their packages are
 never imported.
 """
+
 from __future__ import annotations
 
 import collections
@@ -24,10 +25,18 @@ from tqdm import tqdm
 from ldm.util import ModelError
 
 # precision: (its name in torch's files, its name in safetensors)
-_NAMES = {torch.float64: ("Double", "F64"), torch.float32: ("Float", "F32"), torch.float16: ("Half", "F16"),
-          torch.bfloat16: ("BFloat16", "BF16"), torch.int64: ("Long", "I64"), torch.int32: ("Int", "I32"),
-          torch.int16: ("Short", "I16"), torch.int8: ("Char", "I8"), torch.uint8: ("Byte", "U8"),
-          torch.bool: ("Bool", "BOOL")}
+_NAMES = {
+    torch.float64: ("Double", "F64"),
+    torch.float32: ("Float", "F32"),
+    torch.float16: ("Half", "F16"),
+    torch.bfloat16: ("BFloat16", "BF16"),
+    torch.int64: ("Long", "I64"),
+    torch.int32: ("Int", "I32"),
+    torch.int16: ("Short", "I16"),
+    torch.int8: ("Char", "I8"),
+    torch.uint8: ("Byte", "U8"),
+    torch.bool: ("Bool", "BOOL"),
+}
 _DTYPES, _SAFETENSORS_DTYPES = ({names[i]: dtype for dtype, names in _NAMES.items()} for i in range(2))
 
 
@@ -72,14 +81,31 @@ def _rebuild_subclass(rebuild, tensor_class, arguments, state):
 
 
 _BUILT = {
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor, ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter, ("torch", "Size"): tuple, ("torch", "device"): Inert,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch", "Size"): tuple,
+    ("torch", "device"): Inert,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_subclass,
-    ("collections", "OrderedDict"): collections.OrderedDict, ("__builtin__", "set"): set,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("__builtin__", "set"): set,
     **{("builtins", t.__name__): t for t in (dict, list, tuple, set, int, float, bool, str)},
 }
-_INERT_PACKAGES = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "omegaconf", "numpy",
-                   "argparse", "pathlib", "typing", "transformers", "ldm", "collections", "_codecs"}
+_INERT_PACKAGES = {
+    "pytorch_lightning",
+    "lightning",
+    "lightning_fabric",
+    "lightning_utilities",
+    "omegaconf",
+    "numpy",
+    "argparse",
+    "pathlib",
+    "typing",
+    "transformers",
+    "ldm",
+    "collections",
+    "_codecs",
+}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -124,7 +150,7 @@ def read_checkpoint(path):
         if "it would run" in str(e):
             raise ModelError(f"{path}: refused, {e} when opened; get the checkpoint from a source you trust") from None
         raise ModelError(f"{path}: damaged ({e}); fetch it again") from None
-    except Exception as e:          # a damaged pickle may fail in any way at all
+    except Exception as e:  # a damaged pickle may fail in any way at all
         raise ModelError(f"{path}: damaged, or not a checkpoint ({type(e).__name__}: {str(e)[:80]})") from None
     raise ModelError(f"{path}: neither a torch checkpoint (of 1.6 or newer) nor safetensors; a broken download?")
 
@@ -139,7 +165,7 @@ def _read_zip(path):
     def open_storage(key):
         info = archive.getinfo(f"{prefix}data/{key}")
         data = bytearray(info.file_size)
-        with archive.open(info) as f:                       # checks the record's CRC
+        with archive.open(info) as f:  # checks the record's CRC
             f.readinto(data)
         return data
 
@@ -162,6 +188,7 @@ def _read_safetensors(path):
                 if f.readinto(data) != len(data):
                     raise ValueError("truncated")
             return data
+
         return read
 
     tensors = {}
@@ -179,7 +206,7 @@ def load_tensor(stored, name, path):
     """stored.load(), with damage reported as ModelError."""
     try:
         return stored.load()
-    except Exception as e:          # CRC and size errors of zip and torch
+    except Exception as e:  # CRC and size errors of zip and torch
         raise ModelError(f"{path}: damaged at {name} ({str(e).splitlines()[0][:80]}); fetch it again") from None
 
 

@@ -1,4 +1,5 @@
 """The learning-rate schedule that CompVis's configs name."""
+
 from __future__ import annotations
 
 import bisect

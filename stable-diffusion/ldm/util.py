@@ -1,7 +1,8 @@
 """Building models from YAML configs, and what every module of ldm shares.
 
-    model = load_model("configs/stable-diffusion/v1-inference.yaml", "model.ckpt", device="cuda", dtype=torch.float16)
+model = load_model("configs/stable-diffusion/v1-inference.yaml", "model.ckpt", device="cuda", dtype=torch.float16)
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -40,10 +41,10 @@ def read_config(path):
 
     try:
         config = OmegaConf.load(path)
-        config.model.target         # noqa: B018  a YAML without a model fails here
+        config.model.target  # noqa: B018  a YAML without a model fails here
     except FileNotFoundError:
         raise ModelError(f"{path}: no such config") from None
-    except Exception as e:          # the YAML parser and OmegaConf have error classes of their own, many of them
+    except Exception as e:  # the YAML parser and OmegaConf have error classes of their own, many of them
         raise ModelError(f"{path}: not a model config ({' '.join(str(e).split())[:100]})") from None
     return config
 
@@ -57,7 +58,7 @@ def load_model(config, ckpt, device="cpu", dtype=torch.float32):
     """
     from ldm.checkpoint import load_weights, read_checkpoint, read_state_dict
 
-    stored = read_state_dict(ckpt)          # first: its errors come at once
+    stored = read_state_dict(ckpt)  # first: its errors come at once
     if config is None:
         config = CONFIGS.get(str(read_checkpoint(ckpt).get("config")), CONFIGS["v1-inference"])
     config = read_config(config) if isinstance(config, (str, pathlib.Path)) else config

@@ -4,6 +4,7 @@
 
 Writes OUTDIR/samples/00000.png ... and OUTDIR/grid-0000.png. Picture i has the seed SEED + i, whatever the batch.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,7 +27,7 @@ from ldm.models.diffusion.dpm_solver import DPMSolverSampler  # noqa: E402
 from ldm.modules.textual_inversion import LearnedTokens  # noqa: E402
 from ldm.util import ModelError, load_model, seeded_noise  # noqa: E402
 
-CKPT = "models/ldm/stable-diffusion-v1/model.ckpt", "ldm/models/stable-diffusion-v1/model.ckpt"      # places under ROOT
+CKPT = "models/ldm/stable-diffusion-v1/model.ckpt", "ldm/models/stable-diffusion-v1/model.ckpt"  # places under ROOT
 
 
 def parse_args(argv=None):
@@ -53,8 +54,12 @@ def parse_args(argv=None):
     add("--ckpt", help=f"checkpoint, .ckpt or .safetensors (default: {' or '.join(CKPT)})")
     add("--embedding_path", nargs="*", default=[], help="files of learned embeddings for placeholders in prompts")
     add("--seed", type=int, default=42)
-    add("--precision", choices=["full", "autocast"], default="autocast",
-        help="autocast: half precision on a GPU, bfloat16 on a CPU that multiplies it fast; full: float32")
+    add(
+        "--precision",
+        choices=["full", "autocast"],
+        default="autocast",
+        help="autocast: half precision on a GPU, bfloat16 on a CPU that multiplies it fast; full: float32",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
@@ -99,8 +104,8 @@ def keep_freed_memory():
     """Has glibc hand freed blocks to the next layer, rather than map and zero new pages: a tenth of a CPU's time."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block in a mapping of its own
-        libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: the heap does not shrink
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block in a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def watermarker():
@@ -149,9 +154,16 @@ def generate(model, opt):
         for prompts in batches(opt):
             noise = seeded_noise(opt.seed, range(done, done + len(prompts)), shape)
             uc = model.get_learned_conditioning([""] * len(prompts)) if opt.scale != 1.0 else None
-            latents, _ = sampler.sample(opt.ddim_steps, len(prompts), shape, model.get_learned_conditioning(prompts),
-                                        unconditional_guidance_scale=opt.scale, unconditional_conditioning=uc,
-                                        eta=opt.ddim_eta, noise=noise)
+            latents, _ = sampler.sample(
+                opt.ddim_steps,
+                len(prompts),
+                shape,
+                model.get_learned_conditioning(prompts),
+                unconditional_guidance_scale=opt.scale,
+                unconditional_conditioning=uc,
+                eta=opt.ddim_eta,
+                noise=noise,
+            )
             for latent in latents.split(1):
                 image = ((model.decode_first_stage(latent) + 1) / 2).clamp(0, 1)[0]
                 yield (255 * image).permute(1, 2, 0).cpu().numpy().astype(np.uint8)

@@ -1,4 +1,5 @@
 """The autoencoder between images and latents (Rombach et al. 2022, section 3.1)."""
+
 from __future__ import annotations
 
 import torch
@@ -9,7 +10,7 @@ from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import free_memory
 
-TILE, OVERLAP = 64, 16      # of the tiled decoder, in latent pixels
+TILE, OVERLAP = 64, 16  # of the tiled decoder, in latent pixels
 
 
 class AutoencoderKL(nn.Module):
@@ -27,7 +28,7 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         self.factor = 2 ** (len(ddconfig["ch_mult"]) - 1)
-        self.widest = ddconfig["ch"] * max(ddconfig["ch_mult"][:2])          # channels of the largest feature map
+        self.widest = ddconfig["ch"] * max(ddconfig["ch_mult"][:2])  # channels of the largest feature map
 
     def encode(self, x):
         moments = torch.cat([self.quant_conv(self.encoder(image)) for image in x.split(1)])

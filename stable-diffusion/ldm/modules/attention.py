@@ -1,11 +1,12 @@
 """Attention, and the transformer by which the network reads a prompt (Rombach et al. 2022, section 3.3)."""
+
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-SCORES = 2**26      # attention scores held at a time where torch has no fused attention: 256 MB in float32
+SCORES = 2**26  # attention scores held at a time where torch has no fused attention: 256 MB in float32
 
 
 def attention(q, k, v):
@@ -19,7 +20,7 @@ def sliced_attention(q, k, v, scores=SCORES):
     """The same for torch before 2.0, some queries at a time: at most `scores` attention scores exist at once."""
     rows = max(1, scores // (q.shape[0] * q.shape[1] * k.shape[2]))
     k = k.transpose(-1, -2)
-    q = q * q.shape[-1] ** -0.5         # before the product, which could leave the range of float16
+    q = q * q.shape[-1] ** -0.5  # before the product, which could leave the range of float16
     return torch.cat([(part @ k).softmax(dim=-1).to(v.dtype) @ v for part in q.split(rows, dim=2)], dim=2)
 
 
@@ -37,8 +38,10 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, context=None):
         context = x if context is None else context
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)                  # [B, heads, N or M, dim_head]
-                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q, k, v = (
+            y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, N or M, dim_head]
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
         return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -88,14 +91,15 @@ class SpatialTransformer(nn.Module):
         self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
         self.proj_in = nn.Conv2d(in_channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(inner, n_heads, d_head, dropout, context_dim) for _ in range(depth))
+            BasicTransformerBlock(inner, n_heads, d_head, dropout, context_dim) for _ in range(depth)
+        )
         self.proj_out = nn.Conv2d(inner, in_channels, 1)
 
     def forward(self, x, context=None):
         h = self.proj_in(self.norm(x))
         height, width = h.shape[2:]
-        h = h.permute(0, 2, 3, 1).flatten(1, 2)                             # [B, H*W, C]; no copy in channels_last
+        h = h.permute(0, 2, 3, 1).flatten(1, 2)  # [B, H*W, C]; no copy in channels_last
         for block in self.transformer_blocks:
             h = block(h, context)
-        h = h.unflatten(1, (height, width)).permute(0, 3, 1, 2)             # [B, C, H, W]
+        h = h.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # [B, C, H, W]
         return x + self.proj_out(h)

@@ -1,11 +1,12 @@
 """Textual Inversion (Gal et al. 2023): new words for a frozen text encoder, as a patch to a model.
 
-    tokens = LearnedTokens(model.cond_stage_model)
-    tokens.add("<new1>", tokens.initial("corgi"), init_word="corgi")    # then optimise tokens.parameters()
-    tokens.save("new1.pt", step=500)
-    ...
-    LearnedTokens(model.cond_stage_model).load("new1.pt")               # prompts may say <new1> now
+tokens = LearnedTokens(model.cond_stage_model)
+tokens.add("<new1>", tokens.initial("corgi"), init_word="corgi")    # then optimise tokens.parameters()
+tokens.save("new1.pt", step=500)
+...
+LearnedTokens(model.cond_stage_model).load("new1.pt")               # prompts may say <new1> now
 """
+
 from __future__ import annotations
 
 import os
@@ -36,7 +37,7 @@ class LearnedTokens(nn.Module):
         super().__init__()
         self.rows = nn.ParameterList()
         self.tokens, self.metadata = [], {}
-        object.__setattr__(self, "embedder", embedder)          # not as a submodule: it is not ours to train or to save
+        object.__setattr__(self, "embedder", embedder)  # not as a submodule: it is not ours to train or to save
         object.__setattr__(self, "table", embedder.transformer.get_input_embeddings())
         self._ids, self._lookup_below = [], self.table.forward
         self.table.forward = self._lookup
@@ -106,19 +107,21 @@ class LearnedTokens(nn.Module):
         vectors = torch.as_tensor(vectors).detach().float()
         vectors = vectors[None] if vectors.dim() == 1 else vectors
         if vectors.dim() != 2 or vectors.shape[1] != self.dim or not len(vectors) or not vectors.isfinite().all():
-            raise ModelError(f"{token}: its vectors are {list(vectors.shape)}, or not finite; "
-                             f"this text encoder takes [n, {self.dim}]")
+            raise ModelError(
+                f"{token}: its vectors are {list(vectors.shape)}, or not finite; "
+                f"this text encoder takes [n, {self.dim}]"
+            )
         if len(vectors) > self.embedder.max_length - 2:
             raise ModelError(f"{token}: {len(vectors)} vectors are more than a prompt holds")
         tokenizer = self.embedder.tokenizer
-        names = [token] + [f"{token}_{i}" for i in range(1, len(vectors))]                  # as diffusers names them
+        names = [token] + [f"{token}_{i}" for i in range(1, len(vectors))]  # as diffusers names them
         vocabulary = tokenizer.get_vocab()
         for name in names:
             if name in vocabulary or f"{name.lower()}</w>" in vocabulary:
                 raise ModelError(f"{name!r} is a word of the vocabulary already; take a new one such as <new1>")
             if not name or name != "".join(name.split()):
                 raise ModelError(f"{name!r} is no placeholder: take one word, such as <new1>")
-        tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])        # <New1> is not <new1>
+        tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])  # <New1> is not <new1>
         ids = tokenizer.convert_tokens_to_ids(names)
         self.embedder.expansions[ids[0]] = ids
         self.rows.append(nn.Parameter(vectors.clone().to(self.table.weight.device)))
@@ -178,7 +181,7 @@ def read_embeddings(path):
     if not isinstance(content, dict):
         raise ModelError(f"{path}: not an embedding file")
     parameters = content.get("string_to_param", content)
-    state = getattr(parameters, "state", None)                  # a pickled nn.ParameterDict
+    state = getattr(parameters, "state", None)  # a pickled nn.ParameterDict
     if state is not None:
         parameters = {**state, **state.get("_parameters", {})} if isinstance(state, dict) else None
     parameters = parameters if isinstance(parameters, dict) else {}

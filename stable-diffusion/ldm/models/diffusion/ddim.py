@@ -1,7 +1,8 @@
 """DDIM.
 
-    latents, _ = DDIMSampler(model).sample(50, batch_size, [4, 64, 64], c, eta=0.0)
+latents, _ = DDIMSampler(model).sample(50, batch_size, [4, 64, 64], c, eta=0.0)
 """
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """Latent diffusion: U-Net, autoencoder and text encoder together, with the forward process and the training loss."""
+
 from __future__ import annotations
 
 import contextlib
@@ -14,7 +15,8 @@ from ldm.util import instantiate_from_config
 TRAINING_ONLY = set(
     "num_timesteps_cond log_every_t first_stage_key cond_stage_key monitor use_ema scheduler_config loss_type model_lr "
     "concat_mode scale_by_std ckpt_path ignore_keys load_only_unet learn_logvar logvar_init v_posterior clip_denoised "
-    "l_simple_weight original_elbo_weight personalization_config unfreeze_model embedding_reg_weight".split())
+    "l_simple_weight original_elbo_weight personalization_config unfreeze_model embedding_reg_weight".split()
+)
 
 
 class DiffusionWrapper(nn.Module):
@@ -34,9 +36,23 @@ class LatentDiffusion(nn.Module):
     The network runs in its own precision; what goes in and comes out keeps the caller's: samplers work in float32.
     """
 
-    def __init__(self, first_stage_config, cond_stage_config, unet_config, timesteps=1000, beta_schedule="linear",
-                 linear_start=1e-4, linear_end=2e-2, image_size=64, channels=4, scale_factor=1.0,
-                 conditioning_key="crossattn", cond_stage_trainable=False, parameterization="eps", **training):
+    def __init__(
+        self,
+        first_stage_config,
+        cond_stage_config,
+        unet_config,
+        timesteps=1000,
+        beta_schedule="linear",
+        linear_start=1e-4,
+        linear_end=2e-2,
+        image_size=64,
+        channels=4,
+        scale_factor=1.0,
+        conditioning_key="crossattn",
+        cond_stage_trainable=False,
+        parameterization="eps",
+        **training,
+    ):
         super().__init__()
         if (parameterization, beta_schedule, conditioning_key) != ("eps", "linear", "crossattn"):
             raise ValueError("LatentDiffusion: only eps, linear schedule and cross-attention are supported")

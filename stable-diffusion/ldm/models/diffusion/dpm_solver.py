@@ -1,9 +1,10 @@
 """DPM-Solver++ for discrete-time models.
 
-    sampler = DPMSolverSampler(model)
-    latents, _ = sampler.sample(25, batch_size, [4, 64, 64], c, unconditional_guidance_scale=7.5,
-                                unconditional_conditioning=uc)
+sampler = DPMSolverSampler(model)
+latents, _ = sampler.sample(25, batch_size, [4, 64, 64], c, unconditional_guidance_scale=7.5,
+                            unconditional_conditioning=uc)
 """
+
 from __future__ import annotations
 
 import numpy as np

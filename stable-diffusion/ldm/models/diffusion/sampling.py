@@ -1,4 +1,5 @@
 """What the samplers share: classifier-free guidance, and the call that CompVis's samplers have."""
+
 from __future__ import annotations
 
 import torch
@@ -38,8 +39,18 @@ class Sampler:
         self.model = model
 
     @torch.no_grad()
-    def trajectory(self, S, batch_size, shape, conditioning=None, unconditional_guidance_scale=1.0,
-                   unconditional_conditioning=None, eta=0.0, x_T=None, noise=None):
+    def trajectory(
+        self,
+        S,
+        batch_size,
+        shape,
+        conditioning=None,
+        unconditional_guidance_scale=1.0,
+        unconditional_conditioning=None,
+        eta=0.0,
+        x_T=None,
+        noise=None,
+    ):
         """A generator of (t, x_t, x_0 prediction), S items; shape is [C, H/8, W/8] of one latent.
 
         x_T: [B, *shape], else drawn. `noise()` gives normal noise [B, *shape]: x_T, and that of stochastic steps.
@@ -50,15 +61,40 @@ class Sampler:
         eps_model = guided(self.model, conditioning, unconditional_conditioning, unconditional_guidance_scale)
         yield from self.steps(eps_model, x, S, eta, lambda: draw().to(x))
 
-    def sample(self, S, batch_size, shape, conditioning=None, callback=None, img_callback=None, eta=0.0, verbose=True,
-               x_T=None, log_every_t=100, unconditional_guidance_scale=1.0, unconditional_conditioning=None, noise=None,
-               mask=None, score_corrector=None, **unused):
+    def sample(
+        self,
+        S,
+        batch_size,
+        shape,
+        conditioning=None,
+        callback=None,
+        img_callback=None,
+        eta=0.0,
+        verbose=True,
+        x_T=None,
+        log_every_t=100,
+        unconditional_guidance_scale=1.0,
+        unconditional_conditioning=None,
+        noise=None,
+        mask=None,
+        score_corrector=None,
+        **unused,
+    ):
         """(latents [B, C, H/8, W/8], intermediates or None) after S steps; the arguments are those of `trajectory`."""
         if mask is not None or score_corrector is not None:
             raise ValueError("sample: mask (inpainting) and score_corrector are not supported")
         inter = {"x_inter": [] if x_T is None else [x_T], "pred_x0": [] if x_T is None else [x_T]}
-        items = self.trajectory(S, batch_size, shape, conditioning, unconditional_guidance_scale,
-                                unconditional_conditioning, eta, x_T, noise)
+        items = self.trajectory(
+            S,
+            batch_size,
+            shape,
+            conditioning,
+            unconditional_guidance_scale,
+            unconditional_conditioning,
+            eta,
+            x_T,
+            noise,
+        )
         for i, (_, x, x_0) in enumerate(tqdm(items, total=S, desc=type(self).__name__, disable=not verbose)):
             if callback:
                 callback(i)

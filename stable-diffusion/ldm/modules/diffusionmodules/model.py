@@ -1,4 +1,5 @@
 """Encoder and decoder of the autoencoder (Esser et al. 2021, without their attention but in the middle)."""
+
 from __future__ import annotations
 
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v))      # [B, 1, H*W, C]
+        q, k, v = (layer(h).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v))  # [B, 1, H*W, C]
         h = attention(q, k, v)[:, 0].mT.unflatten(2, x.shape[2:])
         return x + self.proj_out(h)
 
@@ -46,7 +47,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))        # only to the right and below, as the weights were trained
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # only to the right and below, as the weights were trained
 
 
 class Upsample(nn.Module):
@@ -73,7 +74,7 @@ class Level(nn.Module):
     def __init__(self, blocks, **resample):
         super().__init__()
         self.block = nn.ModuleList(blocks)
-        for name, layer in resample.items():            # "upsample" or "downsample", as checkpoints have it
+        for name, layer in resample.items():  # "upsample" or "downsample", as checkpoints have it
             self.add_module(name, layer)
 
     def forward(self, x):
@@ -119,7 +120,7 @@ class Decoder(nn.Module):
             blocks = [ResnetBlock(width if i else c, width, dropout) for i in range(num_res_blocks + 1)]
             c = width
             levels.insert(0, Level(blocks, **({"upsample": Upsample(c)} if level > 0 else {})))
-        self.up = nn.ModuleList(levels)                  # numbered from the image inwards, run from the latent outwards
+        self.up = nn.ModuleList(levels)  # numbered from the image inwards, run from the latent outwards
         self.norm_out = norm(c)
         self.conv_out = nn.Conv2d(c, out_ch, 3, padding=1)
 

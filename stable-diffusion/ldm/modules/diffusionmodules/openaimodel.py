@@ -1,4 +1,5 @@
 """The denoising U-Net of latent diffusion (Rombach et al. 2022; residual blocks of Dhariwal & Nichol 2021)."""
+
 from __future__ import annotations
 
 import math
@@ -24,11 +25,15 @@ class ResBlock(nn.Module):
     def __init__(self, channels, emb_channels, out_channels, dropout=0.0):
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(dropout),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1))
+            nn.GroupNorm(32, out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, emb):
@@ -66,9 +71,24 @@ class UNetModel(nn.Module):
     keeping them; without gradients it has no effect. image_size and legacy, which concern other variants, are not used.
     """
 
-    def __init__(self, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions,
-                 channel_mult=(1, 2, 4, 8), num_heads=8, num_head_channels=-1, transformer_depth=1, context_dim=None,
-                 dropout=0.0, use_checkpoint=False, use_spatial_transformer=True, image_size=None, legacy=False):
+    def __init__(
+        self,
+        in_channels,
+        model_channels,
+        out_channels,
+        num_res_blocks,
+        attention_resolutions,
+        channel_mult=(1, 2, 4, 8),
+        num_heads=8,
+        num_head_channels=-1,
+        transformer_depth=1,
+        context_dim=None,
+        dropout=0.0,
+        use_checkpoint=False,
+        use_spatial_transformer=True,
+        image_size=None,
+        legacy=False,
+    ):
         super().__init__()
         if not use_spatial_transformer:
             raise ValueError("UNetModel: only networks with use_spatial_transformer: True are supported")

@@ -1,4 +1,5 @@
 """The autoencoder's posterior."""
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """The text encoder: transformers' CLIPTextModel and CLIPTokenizer, without any hub."""
+
 from __future__ import annotations
 
 import gzip
@@ -135,14 +136,14 @@ def _tokenizer(version, max_length):
             folder = str(version)
         else:
             write_clip_vocabulary(folder)
-        logger.disabled = True                              # "ftfy is not installed": taken care of below
+        logger.disabled = True  # "ftfy is not installed": taken care of below
         try:
             tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=max_length)
-        except Exception as e:                              # the tokenizers library raises bare Exceptions
+        except Exception as e:  # the tokenizers library raises bare Exceptions
             raise ModelError(f"{folder}: not a readable CLIP tokenizer ({' '.join(str(e).split())[:100]})") from None
         finally:
             logger.disabled = False
-    if getattr(tokenizer, "fix_text", 0) is None:           # without ftfy, transformers 4 strips accents
+    if getattr(tokenizer, "fix_text", 0) is None:  # without ftfy, transformers 4 strips accents
         tokenizer.fix_text = lambda text: unicodedata.normalize("NFC", text)
     return tokenizer
 

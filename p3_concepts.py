@@ -1,8 +1,9 @@
 """Reading hw2_data/textual_inversion: the JSON of concepts and prompts, and the folders of source images.
 
-    for concept in read_concepts("hw2_data/textual_inversion/input.json"):
-        images = [open_image(p) for p in image_files(f"hw2_data/textual_inversion/{concept.key}")]
+for concept in read_concepts("hw2_data/textual_inversion/input.json"):
+    images = [open_image(p) for p in image_files(f"hw2_data/textual_inversion/{concept.key}")]
 """
+
 from __future__ import annotations
 
 import json
@@ -20,16 +21,16 @@ IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 class Concept(NamedTuple):
     """One entry of the JSON: {"0": {"src_image": "dog", "token_name": "<new1>", "prompt": [...], ...}}."""
 
-    key: str                    # names the folder of the source images and the output folder
-    word: str                   # src_image, what the concept is: "dog", or an artist's name
-    token: str                  # token_name, the placeholder in the prompts
+    key: str  # names the folder of the source images and the output folder
+    word: str  # src_image, what the concept is: "dog", or an artist's name
+    token: str  # token_name, the placeholder in the prompts
     prompts: list
-    eval_prompts: list          # prompt_4_clip_eval: the prompts with the word in the token's place; may be []
-    baseline: list              # [image score, text score] a prompt; may be []
-    captions: object = ()       # train_captions, of our JSONs: what Textual Inversion says of the pictures, {} for the
-                                # token; a dict has a tuple a file name, so that the token need not learn the rest
-    validation: object = {}     # validation_prompts, likewise: what it chooses the step by, with the text for CLIP
-    init_word: str = ""         # init_word, likewise: what the token starts from; "" takes src_image
+    eval_prompts: list  # prompt_4_clip_eval: the prompts with the word in the token's place; may be []
+    baseline: list  # [image score, text score] a prompt; may be []
+    captions: object = ()  # train_captions, of our JSONs: what Textual Inversion says of the pictures, {} for the
+    # token; a dict has a tuple a file name, so that the token need not learn the rest
+    validation: object = {}  # validation_prompts, likewise: what it chooses the step by, with the text for CLIP
+    init_word: str = ""  # init_word, likewise: what the token starts from; "" takes src_image
 
 
 def read_concepts(path):
@@ -64,6 +65,7 @@ def _concept(path, key, entry):
     for name, values in (("prompt_4_clip_eval", eval_prompts), ("baseline", baseline)):
         if values and len(values) != len(prompts):
             raise UserError(f'{path}: entry "{key}" has {len(prompts)} prompts but {len(values)} in "{name}"')
+
     def templates(name, texts):
         if not isinstance(texts, list) or not all(isinstance(t, str) and t.count("{}") == 1 for t in texts):
             raise UserError(f'{path}: entry "{key}": "{name}" is a list of texts, each with a {{}} in it')
