@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from utils import UserError, load_checkpoint
+from utils import UserError, atomic, load_checkpoint
 
 try:
     with warnings.catch_warnings():
@@ -27,6 +27,9 @@ try:
         import clip as openai_clip
 except ImportError as e:  # it needs pkg_resources, which setuptools 81 no longer has
     openai_clip, IMPORT_ERROR = None, str(e)
+
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of the colours it saw
 
 
 class Clip:
@@ -41,7 +44,7 @@ class Clip:
                 transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
                 transforms.CenterCrop(size),
                 transforms.ToTensor(),
-                transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+                transforms.Normalize(MEAN, STD),
             ]
         )
 
@@ -125,6 +128,17 @@ def _build(state, path):
     except (KeyError, RuntimeError, ZeroDivisionError, IndexError, AttributeError) as e:
         raise UserError(f"{path}: not the weights of a CLIP model ({str(e)[:150]})") from None
     return network
+
+
+def save_clip(state, path):
+    """Writes a state dict in OpenAI's names as they published theirs, a TorchScript archive in half precision."""
+    network = _build(state, path)
+    size = network.visual.input_resolution
+    images, tokens = torch.zeros(1, 3, size, size), torch.zeros(1, network.context_length, dtype=torch.long)
+    with warnings.catch_warnings(), atomic(path) as temporary:
+        warnings.simplefilter("ignore")  # tracing is no longer advised
+        traced = torch.jit.trace_module(network, {"encode_image": images, "encode_text": tokens})
+        torch.jit.save(traced.half(), str(temporary))
 
 
 def _openai_state_dict(path):
@@ -291,4 +305,20 @@ def openai_names(state):
         for theirs, ours in _NAMES:
             key = key.replace(theirs, ours)
         out[key] = value
+    return out
+
+
+def transformers_names(state):
+    """The inverse of openai_names."""
+    out = {}
+    for key, value in state.items():
+        for theirs, ours in _NAMES:
+            key = key.replace(ours, theirs)
+        if ".attn.in_proj_" in key:
+            for x, part in zip("qkv", value.chunk(3)):
+                out[key.replace(".attn.in_proj_", f".self_attn.{x}_proj.")] = part
+        elif key in ("visual.proj", "text_projection"):
+            out[{"v": "visual_projection.weight", "t": "text_projection.weight"}[key[0]]] = value.T
+        else:
+            out[key] = value
     return out

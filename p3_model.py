@@ -64,14 +64,18 @@ def weights_id(model):
 
 
 @torch.no_grad()
-def generate(model, prompt, indices, steps=25, scale=7.5, size=None, seed=0):
-    """Pictures of one prompt, uint8 [len(indices), 3, size, size]: DPM-Solver++(2M), guidance scale `scale`.
+def generate(model, prompts, indices, steps=25, scale=7.5, size=None, seed=0):
+    """Pictures uint8 [len(indices), 3, size, size] of one prompt, or of a list with one for each: DPM-Solver++(2M),
+    guidance scale `scale`.
 
     Picture i starts from the noise of the seed `seed + i`, so that it is the same in any batch.
     """
     side = (size or own_size(model)) // model.first_stage_model.factor
     shape = [model.channels, side, side]
-    cond, uncond = model.get_learned_conditioning([prompt]), model.get_learned_conditioning([""])
+    cond, uncond = (
+        model.get_learned_conditioning([prompts] if isinstance(prompts, str) else prompts),
+        model.get_learned_conditioning([""]),
+    )
     x_T = noise_stream(seed, indices, shape)()
     guidance = {"unconditional_guidance_scale": scale, "unconditional_conditioning": uncond}
     latents, _ = DPMSolverSampler(model).sample(steps, len(indices), shape, cond, x_T=x_T, verbose=False, **guidance)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import math
 import pathlib
 
@@ -10,30 +12,42 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins import TorchCheckpointIO
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from utils import UserError, add_device_options, pick_device, pick_precision, reuse_freed_memory, save_checkpoint
 
 
-def add_training_options(parser, out, steps, batch_size, lr, ema, epoch_steps=500):
-    """The options that every training has, with the defaults of the shipped result."""
-    parser.add_argument("--out", default=out, help=f"folder of the run, resumed if last.ckpt is in it (default: {out})")
-    parser.add_argument(
-        "--steps", type=int, default=steps, help=f"optimizer steps of the whole training (default: {steps})"
-    )
-    parser.add_argument(
-        "--epoch-steps", type=int, default=epoch_steps, help="steps between two validations and checkpoints"
-    )
-    parser.add_argument("--batch-size", type=int, default=batch_size, help=f"a device (default: {batch_size})")
-    parser.add_argument("--lr", type=float, default=lr)
-    parser.add_argument("--ema", type=float, default=ema, help="decay of the weights' moving average, a step")
-    parser.add_argument("--warmup", type=int, default=200, help="steps of rising learning rate (default: 200)")
-    parser.add_argument("--max-epochs", type=int, help="stop after this epoch, with a resumable checkpoint")
-    parser.add_argument("--max-time", help="stop after DD:HH:MM:SS, with a resumable checkpoint")
-    parser.add_argument("--devices", default="1", help="GPUs or CPU processes a node; more than one means DDP")
-    parser.add_argument("--num_nodes", type=int, default=1)
-    parser.add_argument("--logger", choices=["tensorboard", "wandb"], default="tensorboard", help="beside the csv")
+def add_run_options(parser, out):
+    """The options that every training has."""
+    option = parser.add_argument
+    option("--out", default=out, help=f"folder of the run, resumed if last.ckpt is in it (default: {out})")
+    option("--epoch-steps", type=int, default=500, help="steps between two validations and checkpoints (default: 500)")
+    option("--warmup", type=int, default=200, help="steps of rising learning rate (default: 200)")
+    option("--max-epochs", type=int, help="stop after this epoch, with a resumable checkpoint")
+    option("--max-time", type=duration, metavar="DD:HH:MM:SS", help="stop then, with a resumable checkpoint")
+    option("--logger", choices=["tensorboard", "wandb"], default="tensorboard", help="beside the csv")
     add_device_options(parser)
+
+
+def add_training_options(parser, out, steps, batch_size, lr, ema):
+    """The options of a training of one network, on any number of devices, with the defaults of the shipped result."""
+    option = parser.add_argument
+    add_run_options(parser, out)
+    option("--steps", type=int, default=steps, help=f"optimizer steps of the whole training (default: {steps})")
+    option("--batch-size", type=int, default=batch_size, help=f"a device (default: {batch_size})")
+    option("--lr", type=float, default=lr)
+    option("--ema", type=float, default=ema, help="decay of the weights' moving average, a step")
+    option("--devices", default="1", help="GPUs or CPU processes a node; more than one means DDP")
+    option("--num_nodes", type=int, default=1)
+
+
+def duration(text):
+    """The timedelta of DD:HH:MM:SS."""
+    try:
+        days, hours, minutes, seconds = map(int, text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: take DD:HH:MM:SS, say 00:01:00:00 for an hour") from None
+    return datetime.timedelta(days, seconds, hours=hours, minutes=minutes)
 
 
 def warmup_cosine(optimizer, total_steps, warmup):
@@ -66,6 +80,19 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(checkpoint, path)
+
+
+class Batches(Dataset):
+    """`length` items that come in batches: batch(rows) makes one of int64 rows [B], or of their number alone."""
+
+    def __init__(self, length, batch):
+        self.length, self.batch = length, batch
+
+    def __len__(self):
+        return self.length
+
+    def __getitems__(self, rows):
+        return self.batch(torch.tensor(rows))
 
 
 def lightning_trainer(args, callbacks):

@@ -185,6 +185,11 @@ def save_png(image, path):
         Image.fromarray(image).save(temporary, format="PNG")
 
 
+def to_float(images):
+    """[0, 255] uint8 to [-1, 1] floats."""
+    return images.float() / 127.5 - 1
+
+
 def to_uint8(x):
     """[-1, 1] floats to [0, 255] uint8, rounded to the nearest level."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -37,13 +37,13 @@ from PIL import Image
 from table import add_out_option, describe_machine, save_table
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
-from train import Pictures
 
 from p3_clip import best_fifth, image_scores, load_clip, text_scores
 from p3_concepts import image_files, open_image, read_concepts
 from p3_invert import kind_of
 from p3_model import generate as make_pictures
 from p3_model import learned_tokens, load_embeddings, load_stable_diffusion, own_size
+from p3_pictures import Pictures
 from utils import (
     add_device_options,
     cli,

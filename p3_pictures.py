@@ -1,0 +1,109 @@
+"""The small Stable Diffusion's training set: captioned pictures, their words, and what of them is computed only once.
+
+pictures = Pictures("runs/emoji")                   # emoji.npz and emoji.json of tools/make_emoji_dataset.py
+pictures.caption(row)                               # "a dog face, in the style of Noto"
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from p3_clip import openai_clip
+from utils import UserError, to_float
+
+# What captions may say, and how: {subject} with its article, {style}. The first is the one of previews and benchmarks.
+CAPTIONS = [
+    "{subject}, in the style of {style}",
+    "{subject} in the style of {style}",
+    "a picture of {subject} in the style of {style}",
+    "a photo of {subject}",
+    "{subject}",
+    "a picture in the style of {style}",
+]
+SHARES = torch.tensor([4.0, 2, 2, 1, 2, 1])  # how often the diffusion model hears each
+
+
+class Pictures:
+    """Captioned pictures: images uint8 [N, 3, 64, 64]; subject, vendor and split int64 [N], which index the lists
+    subjects (with their article), vendors and splits."""
+
+    def __init__(self, folder):
+        folder = pathlib.Path(folder)
+        try:
+            with np.load(folder / "emoji.npz") as arrays:
+                self.images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).contiguous()
+                self.subject, self.vendor, self.split = (
+                    torch.from_numpy(arrays[k].astype(np.int64)) for k in ("subject", "vendor", "split")
+                )
+            info = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
+            self.subjects, self.vendors = [s["phrase"] for s in info["subjects"]], [v["name"] for v in info["vendors"]]
+            self.splits = info["splits"]
+        except (OSError, KeyError, ValueError) as e:
+            raise UserError(f"{folder}: no emoji.npz and emoji.json of tools/make_emoji_dataset.py ({e})") from None
+
+    def rows(self, split):
+        """Indices of the pictures of "train", "val", "subject" or "style"."""
+        return torch.nonzero(self.split == self.splits.index(split))[:, 0]
+
+    def caption(self, row, form=0):
+        """The caption of a picture in one of the forms of CAPTIONS."""
+        subject, style = self.subjects[self.subject[row]], self.vendors[self.vendor[row]]
+        return CAPTIONS[form].format(subject=subject, style=style)
+
+    def train_captions(self):
+        """Every caption of the training pictures, once."""
+        return list(dict.fromkeys(self.caption(r, f) for r in self.rows("train") for f in range(len(CAPTIONS))))
+
+
+def moved(x):
+    """Images [B, C, H, W] in [-1, 1], each a little turned (8 degrees), shrunk or grown (15 %) and shifted (6 %), on
+    white."""
+    turn, size, shift = ((torch.rand(len(x), k) * 2 - 1) * most for k, most in ((1, 0.14), (1, 0.15), (2, 0.12)))
+    cos, sin = turn.cos() * (1 + size), turn.sin() * (1 + size)
+    theta = torch.stack([torch.cat([cos, -sin, shift[:, :1]], 1), torch.cat([sin, cos, shift[:, 1:]], 1)], 1)
+    grid = F.affine_grid(theta.to(x), list(x.shape), align_corners=False)
+    return F.grid_sample(x - 1, grid, align_corners=False) + 1
+
+
+class Words:
+    """The words (tokens of CLIP's vocabulary) of some captions, numbered anew in their order.
+
+    ids [V] are their numbers in the whole vocabulary; the start and the end of a text are among them.
+    """
+
+    def __init__(self, captions, length):
+        self.length = length
+        self.ids = self.tokens(captions).unique()
+
+    def tokens(self, captions):
+        return openai_clip.tokenize(captions, context_length=self.length, truncate=True)
+
+    def __call__(self, captions):
+        """New numbers [B, length]."""
+        return torch.searchsorted(self.ids, self.tokens(captions))
+
+
+@torch.no_grad()
+def cache_latents(autoencoder, images, variants):
+    """Mean and deviation of the latents of each picture, and of it moved: half [variants, N, 2, 4, h, w]."""
+    cached = []
+    for variant in range(variants):
+        for part in tqdm(images.split(64), f"latents {variant + 1} of {variants}", leave=False):
+            posterior = autoencoder.encode(moved(to_float(part)) if variant else to_float(part))
+            cached.append(torch.stack([posterior.mean, posterior.std], dim=1).half())
+    return torch.cat(cached).unflatten(0, (variants, len(images)))
+
+
+@torch.no_grad()
+def cache_conditionings(model, captions):
+    """{caption: half [M, D]} of the text encoder."""
+    captions = list(dict.fromkeys(captions))
+    parts = [captions[i : i + 256] for i in range(0, len(captions), 256)]
+    cached = [model.get_learned_conditioning(part).half() for part in tqdm(parts, "captions", leave=False)]
+    return dict(zip(captions, torch.cat(cached)))

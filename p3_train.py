@@ -1,0 +1,352 @@
+"""Trains a small Stable Diffusion from scratch: its autoencoder, a CLIP, then the latent diffusion model.
+
+    python3 p3_train.py --data runs/emoji --out runs/tiny       # all three; the same line again goes on with them
+    python3 p3_train.py --set diffusion.steps=50000 diffusion.batch_size=64     # other than in the config's `training`
+
+DATA is what tools/make_emoji_dataset.py writes: emoji.npz and emoji.json. Leaves in OUT: autoencoder.pt, clip.pt (a
+CLIP in OpenAI's layout, which clip.load builds), model.ckpt (in the layout of sd-v1-4.ckpt, half precision, of the
+words only those that occur in captions), and for each stage a folder with last.ckpt (resumable), samples/, csv/ and
+tensorboard/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import p3_model  # isort: skip  (it puts ldm on the path)
+from ldm.util import CONFIGS, instantiate_from_config, read_config
+
+from diffusion import training_loss
+from p3_clip import MEAN, STD, openai_clip, save_clip, transformers_names
+from p3_pictures import CAPTIONS, SHARES, Pictures, Words, cache_conditionings, cache_latents, moved
+from train_common import Batches, add_run_options, fit, lightning_trainer, warmup_cosine
+from utils import cli, half, image_grid, load_checkpoint, output_folder, save_checkpoint, save_png, to_float, to_uint8
+
+ATTENTION = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+
+
+class Stage(pl.LightningModule):
+    """What the three trainings share. `args` are the options, with the stage's part of the config: steps, lr ...;
+    `compiled` are the networks whose batches all have one size."""
+
+    def __init__(self, args, compiled=()):
+        super().__init__()
+        self.args, self.compiled = args, compiled
+
+    def configure_optimizers(self):
+        """AdamW without decay of vectors."""
+        wanted = [p for p in self.parameters() if p.requires_grad]
+        matrices, vectors = [p for p in wanted if p.dim() > 1], [p for p in wanted if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, self.args.lr, betas=(0.9, 0.99))
+        return warmup_cosine(optimizer, self.args.steps, self.args.warmup)
+
+    def show(self, pictures):
+        """Saves uint8 [N, 3, H, W] under samples/, by the step."""
+        path = pathlib.Path(self.trainer.default_root_dir) / "samples" / f"{self.global_step:06d}.png"
+        save_png(image_grid(pictures, 16), path)
+
+
+# ------------------------------------------------------------------------------------------------ autoencoder
+
+
+class Autoencoding(Stage):
+    """A variational autoencoder (Rombach et al. 2022, section 3.1) by the absolute errors of pixels and of their
+    differences, which keep edges sharp, the squared ones of blocks of 4x4, which fix colours early, and a slight pull
+    of latents to N(0, 1)."""
+
+    def __init__(self, autoencoder, args):
+        super().__init__(args, compiled=(autoencoder.encoder, autoencoder.decoder))
+        self.model = autoencoder.requires_grad_(True).to(memory_format=torch.channels_last)
+
+    def reconstruct(self, x, sample):
+        """(images of images [B, 3, H, W] in [-1, 1], Kullback-Leibler divergence of the latents to N(0, 1))."""
+        moments = self.model.quant_conv(self.model.encoder(x)).float()
+        mean, logvar = moments.chunk(2, dim=1)
+        logvar = logvar.clamp(-30, 20)
+        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean) if sample else mean
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
+        return self.model.decoder(self.model.post_quant_conv(z)).float(), kl
+
+    def training_step(self, images, _):
+        x = to_float(images)
+        y, kl = self.reconstruct(x, sample=True)
+        edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (2, 3))
+        colours = F.mse_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
+        loss = (x - y).abs().mean() + edges + 5 * colours + self.args.kl * kl
+        self.log_dict({"train_loss": loss, "train_kl": kl})
+        return loss
+
+    def validation_step(self, images, i):
+        x = to_float(images)
+        y, _ = self.reconstruct(x, sample=False)
+        self.log("val_loss", (x - y).abs().mean())
+        if i == 0:
+            self.show(to_uint8(torch.cat([x[:16], y[:16]])).cpu())
+
+
+@torch.no_grad()
+def normalise_latents(autoencoder, images):
+    """Scales the encoder's output and the decoder's input so that latents have unit variance: scale_factor is 1."""
+    std = torch.cat([autoencoder.encode(to_float(part)).sample() for part in images.split(64)]).std()
+    middle = len(autoencoder.quant_conv.bias) // 2
+    autoencoder.quant_conv.weight[:middle] /= std
+    autoencoder.quant_conv.bias[:middle] /= std
+    autoencoder.quant_conv.bias[middle:] -= 2 * std.log()  # log variance
+    autoencoder.post_quant_conv.weight *= std
+
+
+def train_autoencoder(args, config, pictures):
+    images, train = pictures.images, pictures.rows("train")
+    held_back = images[pictures.rows("val")]
+    autoencoder = instantiate_from_config(config.model.params.first_stage_config)
+    batches = Batches(len(train), lambda rows: images[draw(train, len(rows))])
+    metrics = run(Autoencoding(autoencoder, args), batches, Batches(len(held_back), held_back.__getitem__))
+    normalise_latents(autoencoder, images[train[:: max(1, len(train) // 512)]])
+    save_checkpoint({"state_dict": autoencoder.state_dict(), "metrics": metrics}, args.out.parent / "autoencoder.pt")
+
+
+def draw(rows, n):
+    return rows[torch.randint(len(rows), (n,))]
+
+
+# ------------------------------------------------------------------------------------------------ CLIP
+
+
+class Contrastive(Stage):
+    """CLIP (Radford et al. 2021) with several right captions a picture: one that says only the subject is right for
+    every vendor's picture of it, one that says only the style for every picture in it. Right ones share the target."""
+
+    def __init__(self, network, args):
+        super().__init__(args)  # nothing compiled: its batches vary
+        self.model = network
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+
+    def logits(self, x, tokens):
+        return self.model(((x + 1) / 2 - self.mean) / self.std, tokens)[0].float()
+
+    def training_step(self, batch, _):
+        images, tokens, subject, vendor, form = batch
+        says_subject = torch.tensor(["{subject}" in c for c in CAPTIONS], device=self.device)[form]
+        says_style = torch.tensor(["{style}" in c for c in CAPTIONS], device=self.device)[form]
+        right = ((subject[:, None] == subject) | ~says_subject) & ((vendor[:, None] == vendor) | ~says_style)
+        logits, right = self.logits(moved(to_float(images)), tokens), right.float()
+        of_pictures = F.cross_entropy(logits, right / right.sum(1, keepdim=True))
+        of_captions = F.cross_entropy(logits.T, right.T / right.sum(0)[:, None])
+        loss = (of_pictures + of_captions) / 2
+        self.log("train_loss", loss)
+        return loss
+
+    def on_before_zero_grad(self, optimizer):
+        self.model.logit_scale.data.clamp_(max=math.log(100))
+
+    def validation_step(self, batch, _):
+        """The nearest of the batch's captions is the right one, for what share of its pictures."""
+        images, tokens = batch
+        nearest = self.logits(to_float(images), tokens).argmax(1)
+        self.log("val_accuracy", (nearest == torch.arange(len(images), device=self.device)).float().mean())
+
+
+def whole_clip(network, ids, context_length=77):
+    """State dict of a CLIP for its whole vocabulary and length: words that it never saw get the mean embedding."""
+    state = {k: v.float() for k, v in network.state_dict().items()}
+    rows, positions = state["token_embedding.weight"], state["positional_embedding"]
+    table = rows.mean(0).repeat(49408, 1)
+    table[ids] = rows
+    unseen = positions.new_zeros(context_length - len(positions), positions.shape[1])
+    return {**state, "token_embedding.weight": table, "positional_embedding": torch.cat([positions, unseen])}
+
+
+def train_clip(args, config, pictures):
+    train, val = pictures.rows("train"), pictures.rows("val")[:200]
+    text, size = config.model.params.cond_stage_config.params, pictures.images.shape[-1]
+    words, sizes = Words(pictures.train_captions(), text.max_length), text.config
+    vision = args.embed_dim, size, tuple(args.vision_layers), args.vision_width, None
+    heads_and_layers = sizes.num_attention_heads, sizes.num_hidden_layers
+    network = openai_clip.model.CLIP(*vision, text.max_length, len(words.ids), sizes.hidden_size, *heads_and_layers)
+    members = [train[pictures.subject[train] == s] for s in pictures.subject[train].unique()]
+
+    def batch(asked):
+        """About as many pictures as asked for, up to four of a subject: what tells styles apart needs the same subject
+        in several."""
+        some = torch.randperm(len(members))[: max(1, len(asked) // 4)]
+        rows = torch.cat([members[i][torch.randperm(len(members[i]))[:4]] for i in some])
+        form = torch.randint(len(CAPTIONS), (len(rows),))
+        tokens = words([pictures.caption(r, f) for r, f in zip(rows, form)])
+        return pictures.images[rows], tokens, pictures.subject[rows], pictures.vendor[rows], form
+
+    tokens = words([pictures.caption(r) for r in val])
+    held_back = Batches(len(val), lambda rows: (pictures.images[val[rows]], tokens[rows]))
+    metrics = run(Contrastive(network, args), Batches(len(train), batch), held_back)
+    whole = whole_clip(network, words.ids)
+    text = {f"transformer.{k}": v for k, v in transformers_names(whole).items() if k.startswith("text_model.")}
+    save_checkpoint({"text": text, "ids": words.ids, "metrics": metrics}, args.out.parent / "text.pt")
+    save_clip(whole, args.out.parent / "clip.pt")
+
+
+# ------------------------------------------------------------------------------------------------ diffusion
+
+
+class Diffusing(Stage):
+    """The network of latent diffusion on cached latents [B, 2, 4, h, w] (mean and deviation) and conditionings
+    [B, M, D]. `preview(device)` draws what a validation shows.
+
+    Min-SNR weights: else the least noised latents, which hold no shapes, outweigh the rest.
+    """
+
+    def __init__(self, network, alpha_bar, preview, args):
+        super().__init__(args, compiled=(network,))
+        self.model = network.to(memory_format=torch.channels_last).requires_grad_(True)
+        self.alpha_bar, self.preview = alpha_bar.double(), preview
+
+    def loss(self, batch, noise=None, **how):
+        """[B]; `noise` is the latents', the rest as diffusion.training_loss takes it."""
+        (mean, std), cond = batch[0].float().unbind(1), batch[1].float()
+        z = mean + std * (torch.randn_like(mean) if noise is None else noise)
+        return training_loss(lambda z_t, t: self.model(z_t, t, context=cond), z, self.alpha_bar, **how)
+
+    def training_step(self, batch, _):
+        loss = self.loss(batch, min_snr=self.args.min_snr).mean()
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, i):
+        draw = torch.Generator().manual_seed(i)
+        noise, eps = (torch.randn(batch[0][:, 0].shape, generator=draw).to(self.device) for _ in range(2))
+        t = torch.linspace(0, len(self.alpha_bar) - 1, len(eps), device=self.device).long()
+        self.log("val_loss", self.loss(batch, noise, t=t, eps=eps).mean())
+        if i == 0:
+            self.show(self.preview(self.device))
+
+
+def packed(model, name, ids, step, metrics):
+    """The checkpoint: half precision, the words `ids` alone, the config by its name, the schedule left to it."""
+    state = {k: v for k, v in half(model.state_dict()).items() if k not in model.schedule_names}
+    state.update({TABLE: state[TABLE][ids], "known_words": ids})
+    return {"state_dict": state, "config": name, "step": step, "metrics": metrics}
+
+
+def train_diffusion(args, config, pictures):
+    train, val = pictures.rows("train"), pictures.rows("val")
+    text = load_checkpoint(args.out.parent / "text.pt")
+    model = instantiate_from_config(config.model)
+    model.first_stage_model.load_state_dict(load_checkpoint(args.out.parent / "autoencoder.pt")["state_dict"])
+    model.cond_stage_model.load_state_dict(text["text"])
+    latents = cache_latents(model.first_stage_model, pictures.images[train], args.variants)
+    held_back = cache_latents(model.first_stage_model, pictures.images[val], 1)[0]
+    captions = [pictures.caption(r) for r in val]
+    conds = cache_conditionings(model, ["", *pictures.train_captions(), *captions])
+
+    def batch(asked):
+        n = len(asked)
+        i, variant, dropped = draw(torch.arange(len(train)), n), torch.randint(args.variants, (n,)), torch.rand(n)
+        told = [pictures.caption(train[k], f) for k, f in zip(i, SHARES.multinomial(n, replacement=True))]
+        told = [conds["" if d < args.drop else c] for d, c in zip(dropped, told)]
+        return latents[variant, i], torch.stack(told)
+
+    def preview(device):
+        return p3_model.generate(model.to(device), captions[:32], range(len(captions[:32])), steps=20, scale=4.0)
+
+    validation = Batches(len(val), lambda rows: (held_back[rows], torch.stack([conds[captions[r]] for r in rows])))
+    module = Diffusing(model.model.diffusion_model, model.alphas_cumprod, preview, args)
+    metrics = run(module, Batches(len(train), batch), validation)
+    name = pathlib.Path(args.config).stem
+    save_checkpoint(packed(model, name, text["ids"], args.steps, metrics), args.out.parent / "model.ckpt")
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+STAGES = {
+    "autoencoder": ("autoencoder.pt", train_autoencoder),
+    "clip": ("clip.pt", train_clip),
+    "diffusion": ("model.ckpt", train_diffusion),
+}
+
+
+class EagerValidation(pl.Callback):
+    """Validates without compiled networks: each of its batch sizes would be compiled anew."""
+
+    def on_validation_start(self, trainer, module):
+        torch.compiler.set_stance("force_eager")
+
+    def on_validation_end(self, trainer, module):
+        torch.compiler.set_stance("default")
+
+
+def run(module, train, val):
+    """Trains a stage to its last step, and returns its last metrics; the module then holds the averaged weights, on the
+    CPU, in eval mode. Ends the program where --max-time or --max-epochs came first."""
+    args, callbacks = module.args, []
+    output_folder(args.out / "samples")
+    if args.compile:
+        callbacks.append(EagerValidation())
+        for network in module.compiled:
+            network.compile(dynamic=False)
+    if args.ema:
+        callbacks.append(EMAWeightAveraging(decay=args.ema, update_starting_at_step=args.warmup))
+    trainer = lightning_trainer(args, callbacks)
+    # on a CPU, the backward pass of scaled_dot_product_attention's default is slower than that of plain products
+    with sdpa_kernel([SDPBackend.MATH] if trainer.strategy.root_device.type == "cpu" else list(ATTENTION)):
+        fit(args, trainer, module, train, val)
+    if trainer.global_step < args.steps:
+        print(f"{args.out.name}: step {trainer.global_step} of {args.steps}; the same line goes on from {args.out}")
+        raise SystemExit
+    module.load_state_dict(load_checkpoint(args.out / "last.ckpt")["state_dict"])  # the averaged ones
+    module.cpu().eval()
+    return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--data", default="hw2_data/emoji", help="folder of emoji.npz and emoji.json")
+    option("--config", default=str(CONFIGS["tiny"]), help="the model's YAML, with its `training`")
+    option("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other values than in the config's `training`")
+    option("--compile", action="store_true", help="needs a C++ compiler")
+    add_run_options(parser, out="runs/tiny")
+    return parser.parse_args(argv)
+
+
+def stage_args(args, training, name, begin):
+    """The options for one stage, its part of the config among them; it has the rest of --max-time."""
+    own = {"ema": None, "devices": "1", "num_nodes": 1, **training[name], "out": pathlib.Path(args.out) / name}
+    stage = argparse.Namespace(**{**vars(args), **own})
+    stage.epoch_steps = min(args.epoch_steps, stage.steps)
+    if args.max_time:
+        stage.max_time = max(datetime.timedelta(seconds=1), args.max_time - (datetime.datetime.now() - begin))
+    return stage
+
+
+@cli
+def main(argv=None):
+    from omegaconf import OmegaConf
+
+    args, begin = parse(argv), datetime.datetime.now()
+    with p3_model.user_errors():
+        config = read_config(args.config)
+    training = OmegaConf.to_container(OmegaConf.merge(config.training, OmegaConf.from_dotlist(args.set)))
+    pictures, out = Pictures(args.data), output_folder(args.out)
+    for name, (result, train) in STAGES.items():
+        if not (out / result).is_file():
+            pl.seed_everything(args.seed, verbose=False)
+            train(stage_args(args, training, name, begin), config, pictures)
+    print(f"wrote {out}/{{autoencoder.pt,clip.pt,model.ckpt}}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
