@@ -11,7 +11,6 @@ output says by which.
 
 from __future__ import annotations
 
-import argparse
 import os
 import pathlib
 import sys
@@ -27,16 +26,19 @@ from tqdm import tqdm
 from classifiers import DigitResNet, LeNet, load_classifier, predict
 from digits import SIZE, load_digits
 from utils import (
+    Parser,
     UserError,
     add_device_options,
     autocast,
     cli,
     half,
-    pick_device,
+    open_image,
+    output_file,
     pick_precision,
     reuse_freed_memory,
     save_checkpoint,
     seed_everything,
+    whole,
 )
 
 CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
@@ -55,11 +57,7 @@ def read_folder(folder):
     for path in paths:
         if path.name[0] not in "0123456789":
             raise UserError(f"{path}: the name must begin with its digit, as in 3_001.png")
-        try:
-            with Image.open(path) as image:
-                images.append(np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.BILINEAR)))
-        except Exception as e:
-            raise UserError(f"{path}: not a readable picture ({e}); generate it again") from None
+        images.append(np.asarray(open_image(path, "generate it again").resize((SIZE, SIZE), Image.BILINEAR)))
         labels.append(int(path.name[0]))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels)
 
@@ -134,6 +132,9 @@ def train(args, device, dtype):
     seed_everything(args.seed)
     images, labels = load_digits(args.data, args.train, "train")
     val_images, val_labels = load_digits(args.data, args.train, "val")
+    if args.batch_size > len(labels):
+        raise UserError(f"--batch-size {args.batch_size}: {args.data} has {len(labels)} pictures; take fewer")
+    output_file(args.out)
     net = LeNet if args.train == "mnistm" else DigitResNet
     model = net().to(device, memory_format=torch.channels_last)
     steps = args.epochs * (len(labels) // args.batch_size)
@@ -160,7 +161,7 @@ def train(args, device, dtype):
 
 @cli
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--folder", help="output folder of hw2_1.sh")
     parser.add_argument(
         "--checkpoint", default=str(CHECKPOINTS / "mnistm_classifier.pth"), help="of the MNIST-M classifier"
@@ -171,16 +172,15 @@ def main(argv=None):
     parser.add_argument("--train", choices=["mnistm", "svhn", "usps"], help="train a classifier on this domain instead")
     parser.add_argument("--data", default="hw2_data/digits")
     parser.add_argument("--out", help="where --train writes (default: checkpoints/{domain}_classifier.pth)")
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--epochs", type=whole(), default=30)
+    parser.add_argument("--batch-size", type=whole(), default=128)
     add_device_options(parser)
     args = parser.parse_args(argv)
-    device = pick_device(args.device)
     if args.train:
         args.out = args.out or str(CHECKPOINTS / f"{args.train}_classifier.pth")
-        train(args, device, pick_precision(args.precision, device))
+        train(args, args.device, pick_precision(args.precision, args.device))
     elif args.folder:
-        grade(args, device)
+        grade(args, args.device)
     else:
         parser.error("give --folder to grade, or --train to train")
 

@@ -7,7 +7,6 @@ python3 p1_infer.py --trajectory reverse.png    # six stages of the reverse proc
 
 from __future__ import annotations
 
-import argparse
 import os
 import pathlib
 import sys
@@ -22,17 +21,20 @@ from tqdm import tqdm
 from digits import DOMAINS
 from p1_model import eps_model_for, load_digit_unet, reverse_process
 from utils import (
+    Parser,
     add_device_options,
     autocast,
     cli,
     image_grid,
     noise_stream,
+    output_file,
     output_folder,
-    pick_device,
     pick_precision,
+    real,
     reuse_freed_memory,
     save_png,
     to_uint8,
+    whole,
 )
 
 CHECKPOINT = pathlib.Path(__file__).resolve().parent / "checkpoints" / "p1_unet.pt"
@@ -42,7 +44,7 @@ PER_PAIR = 10_000  # seeds set aside for a (domain, digit) pair
 def sampler_of(args):
     """stages(digit, domain, index) -> generator of x_t, float32 [B, 3, 28, 28] in [-1, 1], for int64 tensors [B]."""
     reuse_freed_memory()
-    device = pick_device(args.device)
+    device = args.device
     dtype = pick_precision(args.precision, device)
     model, config = load_digit_unet(args.checkpoint)
     model = model.to(device)
@@ -107,38 +109,25 @@ def enlarge(images):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", help="output folder of the 1,000 images")
-    parser.add_argument("--checkpoint", default=str(CHECKPOINT))
-    parser.add_argument("--sampler", choices=["dpm++", "ddim", "ddpm"], default="dpm++")
-    parser.add_argument("--steps", type=int, default=16, help="of the sampler (default: 16)")
-    parser.add_argument(
-        "--guidance", type=float, default=5.0, help="eps_u + guidance (eps_c - eps_u); 1 = none (default: 5)"
+    parser = Parser(__doc__)
+    option = parser.add_argument
+    option("out", nargs="?", help="output folder of the 1,000 images")
+    option("--checkpoint", default=str(CHECKPOINT))
+    option("--sampler", choices=["dpm++", "ddim", "ddpm"], default="dpm++")
+    option("--steps", type=whole(1, 1000), default=16, help="of the sampler (default: 16)")
+    option(
+        "--guidance", type=real(-100, 100), default=5.0, help="eps_u + guidance (eps_c - eps_u); 1 = none (default: 5)"
     )
-    parser.add_argument(
-        "--interval",
-        type=int,
-        nargs=2,
-        default=[200, 750],
-        metavar=("FROM", "TO"),
-        help="guide at times FROM <= t < TO only (default: 200 750)",
-    )
-    parser.add_argument("--num-per-digit", type=int, default=50)
-    parser.add_argument(
-        "--batch-size", type=int, default=100, help="changes the speed, not the pictures (default: 100)"
-    )
-    parser.add_argument("--grid", metavar="FILE")
-    parser.add_argument("--trajectory", metavar="FILE")
+    within = "guide at times FROM <= t < TO only (default: 200 750)"
+    option("--interval", type=whole(0), nargs=2, default=[200, 750], metavar=("FROM", "TO"), help=within)
+    option("--num-per-digit", type=whole(1, PER_PAIR), default=50)
+    option("--batch-size", type=whole(), default=100, help="changes the speed, not the pictures (default: 100)")
+    option("--grid", metavar="FILE")
+    option("--trajectory", metavar="FILE")
     add_device_options(parser)
     args = parser.parse_args(argv)
     if not (args.out or args.grid or args.trajectory):
         parser.error("give an output folder, --grid or --trajectory")
-    if not 1 <= args.steps <= 1000:
-        parser.error("--steps: take 1 to 1000")
-    if not 1 <= args.num_per_digit <= PER_PAIR:
-        parser.error(f"--num-per-digit: take 1 to {PER_PAIR}")
-    if args.batch_size < 1:
-        parser.error("--batch-size: take 1 or more")
     return args
 
 
@@ -146,9 +135,9 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     started = time.time()
-    for sheet in filter(None, (args.grid, args.trajectory)):
-        output_folder(pathlib.Path(sheet).absolute().parent)
     stages = sampler_of(args)
+    for sheet in filter(None, (args.grid, args.trajectory)):
+        output_file(sheet)
     written = [
         write(args, stages)
         for wanted, write in ((args.out, write_images), (args.grid, write_grids), (args.trajectory, write_trajectory))

@@ -16,6 +16,13 @@ from diffusion import ddim, ddpm, dpm_solver_pp, eps_from_v, guided, schedule, t
 from utils import UserError, load_checkpoint, load_weights
 
 NO_DIGIT = 10
+CONFIG = {  # what a checkpoint may say
+    "channels": range(16, 1025, 16),
+    "deep": range(64, 1025, 64),
+    "T": [1000],
+    "schedule": ["linear", "cosine"],
+    "objective": ["eps", "v"],
+}
 
 
 class TimeEmbedding(nn.Module):
@@ -176,8 +183,12 @@ def load_digit_unet(path):
     """(DigitUNet in eval mode, channels_last, float32; config) of a checkpoint {state_dict, config}; raises
     UserError."""
     checkpoint = load_checkpoint(path)
-    if not isinstance(checkpoint, dict) or not {"state_dict", "config"} <= set(checkpoint):
+    config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
+    if not isinstance(config, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path}: no state_dict and config in it; it is not a checkpoint of p1_train.py")
-    config = checkpoint["config"]
+    for name, possible in CONFIG.items():
+        value = config.get(name)
+        if type(value) is not type(possible[0]) or value not in possible:
+            raise UserError(f"{path}: its config has {name} {str(value)[:40]!r}; train or fetch it again")
     model = load_weights(DigitUNet(config["channels"], config["deep"]), checkpoint["state_dict"], path)
     return model.eval().to(memory_format=torch.channels_last), config

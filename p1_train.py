@@ -9,8 +9,8 @@ digits; copy it to checkpoints/p1_unet.pt), last.pt (those of the last epoch), s
 
 from __future__ import annotations
 
-import argparse
 import os
+import pathlib
 import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -24,7 +24,22 @@ from diffusion import run, schedule, training_loss
 from digits import DOMAINS, BalancedDigits
 from p1_model import NO_DIGIT, DigitUNet, eps_model_for, reverse_process
 from train_common import add_training_options, fit, lightning_trainer, warmup_cosine
-from utils import autocast, cli, half, image_grid, noise_stream, output_folder, save_checkpoint, save_png, to_uint8
+from utils import (
+    Parser,
+    autocast,
+    cli,
+    half,
+    image_grid,
+    noise_stream,
+    output_folder,
+    real,
+    save_checkpoint,
+    save_png,
+    to_uint8,
+    whole,
+)
+
+CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
 
 
 class DigitDiffusion(pl.LightningModule):
@@ -89,8 +104,7 @@ class Samples(pl.Callback):
     """
 
     def __init__(self, out, classifiers):
-        self.out, self.best = out, -1.0
-        self.classifiers = [load_classifier(c) for c in classifiers]
+        self.out, self.classifiers, self.best = out, classifiers, -1.0
 
     def on_validation_epoch_end(self, trainer, module):
         if not trainer.is_global_zero:
@@ -130,22 +144,17 @@ class Samples(pl.Callback):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="hw2_data/digits", help="folder with mnistm/ and svhn/")
-    parser.add_argument("--channels", type=int, default=64, help="at 14x14 (default: 64)")
-    parser.add_argument("--deep", type=int, default=192, help="channels at 7x7 (default: 192)")
-    parser.add_argument("--objective", choices=["eps", "v"], default="v")
-    parser.add_argument("--schedule", choices=["linear", "cosine"], default="cosine")
-    parser.add_argument(
-        "--min-snr", type=float, default=5.0, help="gamma of the min-SNR loss weight; 0 = none (default: 5)"
-    )
-    parser.add_argument("--drop", type=float, default=0.15, help="how often the digit is dropped (default: 0.15)")
-    parser.add_argument(
-        "--classifiers",
-        nargs=2,
-        metavar=("MNISTM", "SVHN"),
-        default=["checkpoints/mnistm_classifier.pth", "checkpoints/svhn_classifier.pth"],
-    )
+    parser = Parser(__doc__)
+    option = parser.add_argument
+    option("--data", default="hw2_data/digits", help="folder with mnistm/ and svhn/")
+    option("--channels", type=whole(16, 1024, 16), default=64, help="at 14x14 (default: 64)")
+    option("--deep", type=whole(64, 1024, 64), default=192, help="channels at 7x7 (default: 192)")
+    option("--objective", choices=["eps", "v"], default="v")
+    option("--schedule", choices=["linear", "cosine"], default="cosine")
+    option("--min-snr", type=real(0), default=5.0, help="gamma of the min-SNR loss weight; 0 = none (default: 5)")
+    option("--drop", type=real(0, 1), default=0.15, help="how often the digit is dropped (default: 0.15)")
+    judges = [str(CHECKPOINTS / f"{name}_classifier.pth") for name in DOMAINS]
+    option("--classifiers", nargs=2, metavar=("MNISTM", "SVHN"), default=judges)
     add_training_options(parser, out="runs/p1", steps=8500, batch_size=128, lr=1e-3, ema=0.999)
     return parser.parse_args(argv)
 
@@ -153,8 +162,6 @@ def parse(argv):
 @cli
 def main(argv=None):
     args = parse(argv)
-    out = output_folder(args.out)
-    output_folder(out / "samples")
     config = {
         "channels": args.channels,
         "deep": args.deep,
@@ -165,9 +172,12 @@ def main(argv=None):
     }
     train, val = (BalancedDigits(args.data, split, length=2000) for split in ("train", "val"))
     pl.seed_everything(args.seed, verbose=False)
+    classifiers = [load_classifier(c) for c in args.classifiers]
+    out = output_folder(args.out)
+    output_folder(out / "samples")
     module = DigitDiffusion(config, args.lr, args.steps, args.warmup, args.drop)
     ema = EMAWeightAveraging(decay=args.ema, update_starting_at_step=args.warmup)
-    trainer = lightning_trainer(args, [Samples(out, args.classifiers), ema])
+    trainer = lightning_trainer(args, [Samples(out, classifiers), ema])
     fit(args, trainer, module, train, val)
     if trainer.is_global_zero:
         print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,best.pt,last.pt,samples/}}")

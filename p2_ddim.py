@@ -10,7 +10,6 @@ clamped to [-1, 1]; each picture stretched from its own minimum and maximum to [
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import pathlib
@@ -18,13 +17,13 @@ import sys
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 from diffusion import ddim, lerp, slerp, timesteps
 from UNet import load_unet
 from utils import (
+    Parser,
     UserError,
     add_device_options,
     atomic,
@@ -33,13 +32,16 @@ from utils import (
     image_grid,
     load_checkpoint,
     noise_stream,
+    open_image,
+    output_file,
     output_folder,
-    pick_device,
     pick_precision,
+    real,
     reuse_freed_memory,
     save_png,
     to_uint8,
     torch_version,
+    whole,
 )
 
 T = 1000
@@ -49,37 +51,37 @@ MSE_BOUND = 20.0  # the course's, on 0..255
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     option = parser.add_argument
     option("noise_dir", nargs="?", help="folder of *.pt, each a noise [3, S, S] or [1, 3, S, S], S divisible by 32")
     option("out", nargs="?", help="folder that gets one {stem}.png for each {stem}.pt")
     option("unet", nargs="?", help="the network: the course's UNet.pt, or a checkpoint of p2_train.py")
-    option("--eta", type=float, default=0.0, help="0 deterministic ... 1 as random as DDPM (default: 0)")
-    option("--steps", type=int, default=50, help="a divisor of 1000, at most 500 (default: 50)")
+    option("--eta", type=real(0, 1), default=0.0, help="0 deterministic ... 1 as random as DDPM (default: 0)")
+    option("--steps", type=divisor, default=50, help="a divisor of 1000, at most 500 (default: 50)")
     option("--gt", metavar="DIR", help="compares with DIR/{stem}.png; exit code 1 where the mean MSE is 20 or more")
     option("--eta-grid", metavar="FILE", help="also a sheet: rows eta 0, 0.25 ... 1, columns the first four noises")
     option("--interpolate", choices=["slerp", "linear"], help="also a sheet, --grid: one row, alpha 0, 0.1 ... 1")
     option("--between", nargs=2, default=["00", "01"], metavar="STEM", help="its two ends (default: 00 01)")
     option("--grid", metavar="FILE", help="where --interpolate writes; norms and contrasts beside it, as .json")
-    option("--batch-size", type=int, help="pictures at a time (default: what fits the memory)")
+    option("--batch-size", type=whole(), help="pictures at a time (default: what fits the memory)")
     option("--make-noise", metavar="DIR", help="only writes noise files, DIR/00.pt ...")
-    option("--count", type=int, default=10, help="how many (default: 10)")
-    option("--size", type=int, default=64, help="of which height and width (default: 64)")
+    option("--count", type=whole(1, 10_000), default=10, help="how many (default: 10)")
+    option("--size", type=whole(32, 4096, 32), default=64, help="of which height and width (default: 64)")
     add_device_options(parser)
     args = parser.parse_args(argv)
     if args.make_noise is None and args.unet is None:
         raise UserError("give NOISE_DIR OUT UNET_PT, or --make-noise DIR")
     if args.interpolate and not args.grid or args.grid and not args.interpolate:
         raise UserError("--interpolate slerp|linear and --grid FILE go together: give both or neither")
-    if not 1 <= args.steps <= T // 2 or T % args.steps:
-        raise UserError(f"--steps {args.steps}: take a divisor of {T}, at most {T // 2}")
-    if not 0 <= args.eta <= 1:
-        raise UserError(f"--eta {args.eta}: take 0 to 1")
-    if args.size < 32 or args.size % 32:
-        raise UserError(f"--size {args.size}: take a multiple of 32")
-    if args.count < 1 or (args.batch_size is not None and args.batch_size < 1):
-        raise UserError("--count and --batch-size are at least 1")
     return args
+
+
+def divisor(text):
+    """`type` of --steps."""
+    steps = whole(1, T // 2)(text)
+    if T % steps:
+        raise UserError(f"take a divisor of {T}, not {steps}")
+    return steps
 
 
 @cli
@@ -91,12 +93,9 @@ def main(argv=None):
     truths = read_truths(args.gt, noises) if args.gt else {}
     if args.interpolate:
         check_ends(noises, args.between, args.noise_dir)
-    out = output_folder(args.out)
-    sheets = [pathlib.Path(f) for f in (args.eta_grid, args.grid) if f]
-    for sheet in sheets:
-        output_folder(sheet.parent)
-
     sampler = Sampler(args)
+    out = output_folder(args.out)
+    sheets = [output_file(f) for f in (args.eta_grid, args.grid) if f]
     errors = []
     for stem, picture in zip(noises, sampler(list(noises.values()), args.eta, "pictures")):
         path = out / f"{stem}.png"
@@ -125,7 +124,7 @@ class Sampler:
 
     def __init__(self, args):
         self.path, self.seed, self.batch_size = args.unet, args.seed, args.batch_size
-        self.device = pick_device(args.device)
+        self.device = args.device
         precision = "fp32" if args.precision == "auto" else args.precision  # the result is compared with a truth
         self.dtype = pick_precision(precision, self.device)
         unet = load_unet(args.unet)
@@ -235,25 +234,16 @@ def read_truths(folder, noises):
     truths = {}
     for stem, noise in noises.items():
         path = pathlib.Path(folder) / f"{stem}.png"
-        truths[stem] = read_png(path)
+        truths[stem] = np.asarray(open_image(path, "--gt wants one for every noise"))
         if truths[stem].shape[:2] != noise.shape[1:]:
             height, width = truths[stem].shape[:2]
             raise UserError(f"{path}: {height}x{width}, but its noise is of size {noise.shape[1]}; give another --gt")
     return truths
 
 
-def read_png(path):
-    if not path.is_file():
-        raise UserError(f"{path}: no such picture; --gt wants one for every noise")
-    try:
-        return np.asarray(Image.open(path).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as e:
-        raise UserError(f"{path}: not a picture, or a damaged one ({e}); fetch it again") from None
-
-
 def squared_error(path, truth):
     """Mean squared error on 0..255 of the written PNG, as the course's grader computes it."""
-    return float(np.mean((read_png(path).astype(np.float64) - truth) ** 2))
+    return float(np.mean((np.asarray(open_image(path)).astype(np.float64) - truth) ** 2))
 
 
 def check_ends(noises, between, folder):

@@ -8,7 +8,6 @@ samples/*.png (16 faces after every epoch), csv/ and tensorboard/. p2_ddim.py ta
 
 from __future__ import annotations
 
-import argparse
 import os
 import pathlib
 import sys
@@ -29,16 +28,20 @@ from digits import is_validation
 from train_common import add_training_options, fit, lightning_trainer, warmup_cosine
 from UNet import UNet, norm_groups
 from utils import (
+    Parser,
     UserError,
     autocast,
     cli,
     half,
     image_grid,
     noise_stream,
+    open_image,
     output_folder,
+    real,
     save_checkpoint,
     save_png,
     to_uint8,
+    whole,
 )
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -134,30 +137,28 @@ def read_faces(folder, size):
 
 
 def read_face(path, size):
-    try:
-        with Image.open(path) as image:
-            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UserError(f"{path}: not a readable picture ({e}); remove it or fetch it again") from None
-    return np.asarray(square).transpose(2, 0, 1)
+    return np.asarray(ImageOps.fit(open_image(path), (size, size), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     option = parser.add_argument
     option("--data", default="hw2_data/face/photos", help="folder of pictures")
-    option("--size", type=int, default=64, help="height and width, a multiple of 32 (default: 64)")
-    option("--channel", type=int, default=32, help="width of the largest map; 128 is the course's (default: 32)")
-    option("--min-snr", type=float, default=5.0, help="gamma of the min-SNR loss weight; 0 = none (default: 5)")
+    option("--size", type=whole(32, 2048, 32), default=64, help="height and width, a multiple of 32 (default: 64)")
+    option("--channel", type=channel, default=32, help="width of the largest map; 128 is the course's (default: 32)")
+    option("--min-snr", type=real(0), default=5.0, help="gamma of the min-SNR loss weight; 0 = none (default: 5)")
     add_training_options(parser, out="runs/p2", steps=7500, batch_size=32, lr=6e-4, ema=0.999)
-    args = parser.parse_args(argv)
-    if args.size < 32 or args.size % 32:
-        raise UserError(f"--size {args.size}: take a multiple of 32")
+    return parser.parse_args(argv)
+
+
+def channel(text):
+    """`type` of --channel: a width that the U-Net's group normalisation can divide."""
+    c = whole(1, 512)(text)
     try:
-        norm_groups(args.channel)
+        norm_groups(c)
     except ValueError as e:
-        raise UserError(f"--{e}") from None
-    return args
+        raise UserError(str(e)) from None
+    return c
 
 
 @cli

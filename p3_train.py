@@ -324,7 +324,7 @@ def parse(argv):
 
 def stage_args(args, training, name, begin):
     """The options for one stage, its part of the config among them; it has the rest of --max-time."""
-    own = {"ema": None, "devices": "1", "num_nodes": 1, **training[name], "out": pathlib.Path(args.out) / name}
+    own = {"ema": None, "devices": 1, "num_nodes": 1, **training[name], "out": pathlib.Path(args.out) / name}
     stage = argparse.Namespace(**{**vars(args), **own})
     stage.epoch_steps = min(args.epoch_steps, stage.steps)
     if args.max_time:

@@ -10,8 +10,6 @@ where that is the train.csv of p4_train.py, --held-back takes those of them that
 
 from __future__ import annotations
 
-import argparse
-import csv
 import pathlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,15 +21,16 @@ from tqdm import tqdm
 from digits import is_validation, read_csv, read_image
 from p4_model import HELD_BACK, load_digit_net, predict
 from utils import (
+    Parser,
     UserError,
     add_device_options,
     atomic,
     autocast,
     cli,
-    output_folder,
-    pick_device,
+    output_file,
     pick_precision,
     reuse_freed_memory,
+    whole,
 )
 
 CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
@@ -62,11 +61,11 @@ def read_folder(folder):
 
 
 def write_labels(path, names, labels):
-    path = pathlib.Path(path)
-    with atomic(path) as temporary, open(temporary, "w", newline="") as f:
-        rows = csv.writer(f, lineterminator="\n")
-        rows.writerow(["image_name", "label"])
-        rows.writerows(zip(names, labels))
+    import pandas
+
+    table = pandas.DataFrame({"image_name": names, "label": labels})
+    with atomic(path) as temporary:
+        table.to_csv(temporary, index=False, errors="surrogateescape")  # a file's name may be no UTF-8
 
 
 def accuracy(names, labels, gt, fraction=1.0):
@@ -80,7 +79,7 @@ def accuracy(names, labels, gt, fraction=1.0):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     option = parser.add_argument
     option("folder", metavar="TARGET_IMAGE_DIR", help="folder of 28x28 *.png, RGB or grey")
     option("csv", metavar="OUTPUT_CSV")
@@ -89,13 +88,11 @@ def parse(argv):
     option("--checkpoint", help="default: checkpoints/p4_{target}_{mode}.pt")
     option("--gt", metavar="CSV", help="prints the accuracy on the pictures that it names")
     option("--held-back", action="store_true", help="only on those that p4_train.py holds back of a train.csv")
-    option("--batch-size", type=int, default=500, help="changes the speed, not the labels (default: 500)")
+    option("--batch-size", type=whole(), default=500, help="changes the speed, not the labels (default: 500)")
     add_device_options(parser)
     args = parser.parse_args(argv)
     if args.held_back and not args.gt:
         raise UserError("--held-back: of what? add --gt with a train.csv")
-    if args.batch_size < 1:
-        raise UserError("--batch-size is at least 1")
     return args
 
 
@@ -103,13 +100,13 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     reuse_freed_memory()
-    device = pick_device(args.device)
+    device = args.device
     dtype = pick_precision("fp32" if args.precision == "auto" else args.precision, device)  # the same labels anywhere
     target = args.target or scenario_of(args.folder)
     path = args.checkpoint or CHECKPOINTS / f"p4_{target}_{args.mode}.pt"
     net, config = load_digit_net(path)
-    output_folder(pathlib.Path(args.csv).absolute().parent)
     names, images = read_folder(args.folder)
+    output_file(args.csv)
     with autocast(device, dtype):
         options = {"device": device, "batch_size": args.batch_size, "progress": "digits"}
         labels = predict(net.to(device), images, config["domain"], **options).tolist()

@@ -7,7 +7,6 @@ A row a scenario: source only, coloured by digit and by domain, beside DANN, lik
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import sys
 
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from digits import load_digits
 from p4_model import HELD_BACK, SOURCE, load_digit_net, run_batches
-from utils import UserError, add_device_options, atomic, cli, output_folder, pick_device, reuse_freed_memory
+from utils import Parser, UserError, add_device_options, atomic, cli, output_file, reuse_freed_memory, whole
 
 SCENARIOS = ("svhn", "usps")
 MODES = {"source": "source only", "dann": "DANN"}
@@ -61,11 +60,11 @@ def draw(panels, digits, domains, path):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("out", metavar="FILE")
     parser.add_argument("--data", default="hw2_data/digits", help="folder with mnistm/, svhn/, usps/")
     parser.add_argument("--checkpoints", default=str(pathlib.Path(__file__).resolve().parent / "checkpoints"))
-    parser.add_argument("--count", type=int, default=1000, help="images a domain (default: 1000)")
+    parser.add_argument("--count", type=whole(10), default=1000, help="images a domain (default: 1000)")
     add_device_options(parser)
     return parser.parse_args(argv)
 
@@ -78,8 +77,6 @@ def main(argv=None):
     except ModuleNotFoundError:
         raise UserError("t-SNE needs scikit-learn; `pip install scikit-learn`") from None
     reuse_freed_memory()
-    device = pick_device(args.device)
-    output_folder(pathlib.Path(args.out).absolute().parent)
     source, source_digits = read_domain(args.data, "mnistm", args.count)
     panels, digits, domains = {}, {}, {}
     with tqdm(total=len(SCENARIOS) * len(MODES), desc="t-SNE", unit="map") as bar:
@@ -89,12 +86,12 @@ def main(argv=None):
             domains[target] = np.repeat([0, 1], [len(source), len(images)])
             panels[target] = {}
             for mode in MODES:
-                features = features_of(f"{args.checkpoints}/p4_{target}_{mode}.pt", (source, images), device)
+                features = features_of(f"{args.checkpoints}/p4_{target}_{mode}.pt", (source, images), args.device)
                 perplexity = min(30.0, (len(features) - 1) / 3)
                 points = TSNE(perplexity=perplexity, random_state=args.seed).fit_transform(features)
                 panels[target][mode] = points
                 bar.update()
-    draw(panels, digits, domains, args.out)
+    draw(panels, digits, domains, output_file(args.out))
     print(f"wrote {args.out}: {len(source)} images of MNIST-M and up to {args.count} of each target")
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import math
 import pathlib
+import re
 
 import pytorch_lightning as pl
 import torch
@@ -14,16 +14,18 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader, Dataset
 
-from utils import UserError, add_device_options, pick_device, pick_precision, reuse_freed_memory, save_checkpoint
+from utils import UserError, add_device_options, pick_precision, real, reuse_freed_memory, save_checkpoint, whole
 
 
 def add_run_options(parser, out):
     """The options that every training has."""
     option = parser.add_argument
     option("--out", default=out, help=f"folder of the run, resumed if last.ckpt is in it (default: {out})")
-    option("--epoch-steps", type=int, default=500, help="steps between two validations and checkpoints (default: 500)")
-    option("--warmup", type=int, default=200, help="steps of rising learning rate (default: 200)")
-    option("--max-epochs", type=int, help="stop after this epoch, with a resumable checkpoint")
+    option(
+        "--epoch-steps", type=whole(), default=500, help="steps between two validations and checkpoints (default: 500)"
+    )
+    option("--warmup", type=whole(0), default=200, help="steps of rising learning rate (default: 200)")
+    option("--max-epochs", type=whole(), help="stop after this epoch, with a resumable checkpoint")
     option("--max-time", type=duration, metavar="DD:HH:MM:SS", help="stop then, with a resumable checkpoint")
     option("--logger", choices=["tensorboard", "wandb"], default="tensorboard", help="beside the csv")
     add_device_options(parser)
@@ -33,20 +35,20 @@ def add_training_options(parser, out, steps, batch_size, lr, ema):
     """The options of a training of one network, on any number of devices, with the defaults of the shipped result."""
     option = parser.add_argument
     add_run_options(parser, out)
-    option("--steps", type=int, default=steps, help=f"optimizer steps of the whole training (default: {steps})")
-    option("--batch-size", type=int, default=batch_size, help=f"a device (default: {batch_size})")
-    option("--lr", type=float, default=lr)
-    option("--ema", type=float, default=ema, help="decay of the weights' moving average, a step")
-    option("--devices", default="1", help="GPUs or CPU processes a node; more than one means DDP")
-    option("--num_nodes", type=int, default=1)
+    option("--steps", type=whole(), default=steps, help=f"optimizer steps of the whole training (default: {steps})")
+    option("--batch-size", type=whole(), default=batch_size, help=f"a device (default: {batch_size})")
+    option("--lr", type=real(positive=True), default=lr)
+    option("--ema", type=real(0, 1), default=ema, help="decay of the weights' moving average, a step")
+    option("--devices", type=whole(), default=1, help="GPUs or CPU processes a node; more than one means DDP")
+    option("--num_nodes", type=whole(), default=1)
 
 
 def duration(text):
-    """The timedelta of DD:HH:MM:SS."""
-    try:
-        days, hours, minutes, seconds = map(int, text.split(":"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: take DD:HH:MM:SS, say 00:01:00:00 for an hour") from None
+    """`type` of an option: DD:HH:MM:SS as a timedelta."""
+    parts = re.fullmatch(r"(\d{1,4}):(\d{1,2}):(\d{1,2}):(\d{1,2})", text, re.ASCII)
+    if not parts:
+        raise UserError(f"take DD:HH:MM:SS, as 00:01:30:00 for an hour and a half, not {text[:40]!r}")
+    days, hours, minutes, seconds = map(int, parts.groups())
     return datetime.timedelta(days, seconds, hours=hours, minutes=minutes)
 
 
@@ -106,7 +108,9 @@ def lightning_trainer(args, callbacks):
     out = pathlib.Path(args.out)
     last = out / "last.ckpt"
     args.resume_from = str(last) if last.is_file() else None
-    device = pick_device(args.device)
+    device = args.device
+    if device.type == "cuda" and args.devices > torch.cuda.device_count():
+        raise UserError(f"--devices {args.devices}: this machine has {torch.cuda.device_count()} GPUs; take fewer")
     dtype = pick_precision(args.precision, device)
     if args.precision == "auto" and device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

@@ -1,17 +1,21 @@
-"""Ground floor, shared by every script: the course's betas, device, precision, seeds, checkpoints, image files.
+"""Ground floor, shared by every script: options, the course's betas, device, precision, seeds, checkpoints, files.
 
-from utils import UserError, cli, load_checkpoint, noise_stream, pick_device, pick_precision
+from utils import Parser, UserError, cli, load_checkpoint, noise_stream, pick_precision, whole
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import functools
+import json
+import math
 import os
 import pathlib
 import pickle
 import random
+import signal
 import sys
 import types
 import warnings
@@ -19,32 +23,113 @@ import zipfile
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 
-class UserError(Exception):
-    """Something the user can mend; the message is one line that names the file and the remedy."""
+class UserError(argparse.ArgumentTypeError):
+    """Something the user can mend; the message is one line that names the file and the remedy. Raised by the `type` of
+    an option, argparse puts the option's name before it."""
 
 
 def cli(main):
-    """Decorator of a script's main(): a UserError or a failed file operation ends with one line on stderr and exit
-    code 2."""
+    """Decorator of a script's main(). What the user can mend, a failed file operation and too little memory end with
+    one line on stderr and exit code 2; Ctrl-C and SIGTERM with one that says how to go on, and 130 or 143."""
 
     @functools.wraps(main)
     def run(*args, **kwargs):
+        code = 130
+
+        def terminate(*_):
+            nonlocal code
+            code = 143
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise KeyboardInterrupt
+
+        for stream in (sys.stdout, sys.stderr):  # a file's name may be no UTF-8
+            with contextlib.suppress(AttributeError):
+                stream.reconfigure(errors="backslashreplace")
+        before = signal.signal(signal.SIGTERM, terminate)
         try:
-            return main(*args, **kwargs)
+            result = main(*args, **kwargs)
+            flush_output()
+            return result
         except UserError as e:
             message = str(e)
         except OSError as e:
             message = f"{e.filename}: {e.strerror}" if e.filename else str(e)
+        except (MemoryError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and not ("allocate memory" in str(e) or "out of memory" in str(e)):
+                raise
+            message = f"too little memory ({str(e)[:150]}); take a smaller --batch-size or smaller pictures"
         except KeyboardInterrupt as e:
-            print(str(e) or "interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
+            print(str(e) or "interrupted; the same line starts anew", file=sys.stderr)
+            raise SystemExit(code) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
     return run
+
+
+def flush_output():
+    """What is printed must not fail as late as the interpreter's end, where it would be a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError as e:
+        sys.stdout = None
+        raise UserError(
+            f"standard output: {e.strerror}; what was to be written is there, but for what it says"
+        ) from None
+
+
+# ------------------------------------------------------------------------ options
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of every script, under `cli`: its description is shown as written, a mistake is one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def whole(low=1, high=math.inf, step=1):
+    """`type` of an option: a whole number from `low` to `high`, a multiple of `step`."""
+    return _number(int, f"a multiple of {step}" if step > 1 else "a whole number", low, high, lambda n: n % step == 0)
+
+
+def real(low=-math.inf, high=math.inf, positive=False):
+    """`type` of an option: a finite number from `low` to `high`; only a positive one, if so said."""
+    return _number(float, "a positive number" if positive else "a number", low, high, lambda x: x > 0 or not positive)
+
+
+def _number(kind, wanted, low, high, fits):
+    if low > -math.inf:
+        wanted += f", {low} to {high}" if high < math.inf else f", {low} or more"
+
+    def parse(text):
+        with contextlib.suppress(ValueError, OverflowError):
+            n = kind(text)
+            if math.isfinite(n) and low <= n <= high and fits(n):
+                return n
+        raise UserError(f"take {wanted}, not {text[:40]!r}")
+
+    return parse
+
+
+SEED = whole(0, 2**32 - 1)
+
+
+def add_device_options(parser, seed=0):
+    """The options that every script has; `parser` makes args.device a torch.device."""
+    parser.add_argument("--seed", type=SEED, default=seed)
+    parser.add_argument(
+        "--device", type=pick_device, default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: auto)"
+    )
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
 
 
 # ------------------------------------------------------------------------ noise schedule and seeds
@@ -74,27 +159,19 @@ def noise_stream(seed, indices, shape, device="cpu"):
 # ------------------------------------------------------------------------ device and precision
 
 
-def add_device_options(parser, seed=0):
-    """The options that every script has."""
-    parser.add_argument("--seed", type=int, default=seed)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: auto)")
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
-
-
 def pick_device(name="auto"):
-    """torch.device of `name`; "auto" takes a GPU where there is one."""
+    """torch.device of `name`, `type` of an option; "auto" takes a GPU where there is one. UserError for a device that
+    is not there, or computes nothing."""
     if name == "auto":
         has_mps = getattr(torch.backends, "mps", None) is not None and torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: no such device; take cpu, cuda or mps") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; take --device cpu"
-        )
-    return device
+        device = torch.device(str(name))
+        float(torch.ones(1, device=device) + 1)
+    except Exception:  # each kind of device has errors of its own
+        cuda = torch.cuda.device_count()
+        raise UserError(f"{name}: no such device here, where torch has {cuda} CUDA devices; take cpu") from None
+    return device if device.type != "cpu" else torch.device("cpu")
 
 
 @functools.lru_cache(maxsize=None)
@@ -152,12 +229,14 @@ def autocast(device, dtype):
 @contextlib.contextmanager
 def atomic(path):
     """Gives a temporary path beside `path`, renamed to it on success and removed on failure: no half-written file
-    stays."""
+    stays. UserError names `path` where it cannot be written."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror or e}); free some space, or choose another") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -168,12 +247,50 @@ def output_folder(path):
     path = pathlib.Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with atomic(path / ".writable") as probe:
-            probe.touch()
-        (path / ".writable").unlink()
+        (path / f".{os.getpid()}.tmp").touch()
+        (path / f".{os.getpid()}.tmp").unlink()
     except OSError as e:
         raise UserError(f"{path}: cannot write there ({e.strerror}); choose another output folder") from None
     return path
+
+
+def output_file(path):
+    """The path, with its folder made; UserError where a file cannot be written there."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file in it")
+    output_folder(path.absolute().parent)
+    return path
+
+
+def read_json(path, remedy="correct its path"):
+    """What a JSON file holds. UserError where it is missing, damaged, nested too deep, or has what JSON has not: NaN,
+    infinity, half of a surrogate pair."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {remedy}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not JSON ({str(e)[:120]}); correct it") from None
+    return content
+
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow only warns of what is up to twice as large
+
+
+def open_image(path, remedy="remove it or fetch it again"):
+    """The picture in a file as a PIL image, RGB, turned upright as its EXIF orientation says; raises UserError."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > 90e6:
+                raise ValueError(f"{image.width}x{image.height} pixels, of which 90 million are the most")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such picture; {remedy}") from None
+    except Exception as e:  # Pillow raises many kinds
+        raise UserError(f"{path}: not a readable picture ({str(e)[:120]}); {remedy}") from None
 
 
 def save_png(image, path):
@@ -344,9 +461,13 @@ def load_weights(model, state_dict, path):
     """Strict load_state_dict of tensors of any precision; raises UserError naming the first key that is missing,
     foreign or misshapen."""
     own, net = model.state_dict(), type(model).__name__
+    if not isinstance(state_dict, dict):
+        raise UserError(f"{path}: its state_dict is none; it is no checkpoint")
     for key, value in own.items():
         if key not in state_dict:
             raise UserError(f"{path}: lacks the key {key}; it is a checkpoint of another network than {net}")
+        if not torch.is_tensor(state_dict[key]):
+            raise UserError(f"{path}: {key} is no tensor; the file is damaged, fetch or train it again")
         given, wanted = tuple(state_dict[key].shape), tuple(value.shape)
         if given != wanted:
             raise UserError(f"{path}: {key} has shape {given} where {net} has {wanted}; it is of another network")

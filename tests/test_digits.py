@@ -112,11 +112,11 @@ def damage_rows(d):
     "damage, message",
     [
         (damage_folder, "svhn/train.csv: not found; .*get_dataset.sh"),
-        (damage_file, "00007.png: listed in the csv but not there"),
+        (damage_file, "00007.png: no such picture; unpack hw2_data again"),
         (damage_picture, "00007.png: not a readable picture"),
         (damage_size, "00007.png: 29x28 pixels where digits have 28x28"),
         (damage_label, "train.csv line 9: label '11' is not a digit 0..9"),
-        (damage_header, "train.csv: its first line must be image_name,label"),
+        (damage_header, "train.csv: not a csv with the first line image_name,label .it lacks the column"),
         (damage_rows, "train.csv: no rows"),
     ],
 )

@@ -220,7 +220,7 @@ def test_missing_and_damaged_inputs_are_named(unet, noise, tmp_path, capsys):
     assert "cannot write there" in refused(capsys, noise, tmp_path / "file", unet)
     assert "00.png: no such picture" in refused(capsys, noise, tmp_path / "out", unet, "--gt", tmp_path)
     (tmp_path / "00.png").write_bytes(b"no picture")
-    assert "00.png: not a picture" in refused(capsys, noise, tmp_path / "out", unet, "--gt", tmp_path)
+    assert "00.png: not a readable picture" in refused(capsys, noise, tmp_path / "out", unet, "--gt", tmp_path)
     Image.new("RGB", (64, 64)).save(tmp_path / "00.png")
     assert "64x64" in refused(capsys, noise, tmp_path / "out", unet, "--gt", tmp_path)
 
@@ -228,10 +228,10 @@ def test_missing_and_damaged_inputs_are_named(unet, noise, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--steps", "1000"], "--steps 1000"),
-        (["--steps", "0"], "--steps 0"),
+        (["--steps", "1000"], "--steps: take a whole number, 1 to 500"),
+        (["--steps", "0"], "--steps: take a whole number, 1 to 500"),
         (["--steps", "300"], "divisor"),
-        (["--eta", "1.5"], "--eta 1.5"),
+        (["--eta", "1.5"], "--eta: take a number, 0 to 1, not"),
         (["--interpolate", "slerp"], "go together"),
         (["--grid", "x.png"], "go together"),
         (["--interpolate", "slerp", "--grid", "x.png", "--between", "00", "77"], "77.pt"),

@@ -80,8 +80,8 @@ def test_photos_are_cropped_scaled_and_a_fixed_few_are_held_back(photos):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--size", "48"], "--size 48"),
-        (["--channel", "30"], "--channel 30"),
+        (["--size", "48"], "--size: take a multiple of 32"),
+        (["--channel", "30"], "--channel: channel 30"),
         (["--data", "/nowhere"], "/nowhere: 0 pictures"),
     ],
 )

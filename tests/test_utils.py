@@ -148,7 +148,7 @@ def test_loading_weights_names_the_first_wrong_key():
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
     (tmp_path / "f").write_text("old")
-    with pytest.raises(OSError), atomic(tmp_path / "f") as temporary:
+    with pytest.raises(UserError, match="f: cannot be written .No space left"), atomic(tmp_path / "f") as temporary:
         temporary.write_text("half of the n")
         raise OSError(28, "No space left on device", str(tmp_path / "f"))
     assert (tmp_path / "f").read_text() == "old" and os.listdir(tmp_path) == ["f"]
@@ -191,9 +191,8 @@ def test_devices_and_precisions_that_are_not_there_are_refused():
         pick_device("quantum")
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         pick_precision("fp16", torch.device("cpu"))
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="has 0 CUDA devices"):
-            pick_device("cuda")
+    with pytest.raises(UserError, match="no such device"):
+        pick_device(f"cuda:{torch.cuda.device_count()}")
 
 
 def test_auto_precision_is_fp32_where_the_cpu_has_no_bf16_units(monkeypatch):
