@@ -34,7 +34,7 @@ from utils import (
 )
 
 CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
-SCENARIOS = ("svhn", "usps")
+SCENARIOS = {"svhn": "refined", "usps": "source"}  # and the training whose label-free score (p4_losses.py) is highest
 
 
 def scenario_of(folder):
@@ -84,7 +84,8 @@ def parse(argv):
     option("folder", metavar="TARGET_IMAGE_DIR", help="folder of 28x28 *.png, RGB or grey")
     option("csv", metavar="OUTPUT_CSV")
     option("--target", choices=SCENARIOS, help="the scenario (default: what the folder's path says)")
-    option("--mode", choices=["source", "dann", "target"], default="dann", help="the training (default: dann)")
+    modes = ["source", "dann", "refined", "target"]
+    option("--mode", choices=modes, help="the training (default: refined for svhn, source for usps)")
     option("--checkpoint", help="default: checkpoints/p4_{target}_{mode}.pt")
     option("--gt", metavar="CSV", help="prints the accuracy on the pictures that it names")
     option("--held-back", action="store_true", help="only on those that p4_train.py holds back of a train.csv")
@@ -103,7 +104,8 @@ def main(argv=None):
     device = args.device
     dtype = pick_precision("fp32" if args.precision == "auto" else args.precision, device)  # the same labels anywhere
     target = args.target or scenario_of(args.folder)
-    path = args.checkpoint or CHECKPOINTS / f"p4_{target}_{args.mode}.pt"
+    mode = args.mode or SCENARIOS[target]
+    path = args.checkpoint or CHECKPOINTS / f"p4_{target}_{mode}.pt"
     net, config = load_digit_net(path)
     names, images = read_folder(args.folder)
     output_file(args.csv)
@@ -115,7 +117,7 @@ def main(argv=None):
     write_labels(args.csv, names, labels)
     if score:
         print(f"accuracy {score[0] / score[1]:.4f} ({score[0]}/{score[1]})")
-    print(f"wrote {len(names)} labels ({target}, {args.mode}) to {args.csv}")
+    print(f"wrote {len(names)} labels ({target}, {mode}) to {args.csv}")
 
 
 if __name__ == "__main__":

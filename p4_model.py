@@ -7,6 +7,8 @@ digits = predict(net, images, config["domain"])             # uint8 [N, 3, 28, 2
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,7 +17,6 @@ from tqdm import tqdm
 from utils import UserError, load_checkpoint, load_weights
 
 SOURCE, TARGET = 0, 1  # index of a domain, and the domain classifier's label
-NORMS = ("batch", "domain", "instance", "instance-domain")
 FEATURES = 128
 HELD_BACK = {"mnistm": 0.1, "svhn": 0.2, "usps": 0.2}  # for validation, where a domain has no val.csv
 
@@ -40,57 +41,52 @@ def reverse_gradient(x, lambd):
 
 class DomainNorm(nn.Module):
     """Batch normalisation of [B, C, H, W], a batch being of one domain: statistics of each domain's own, common scale
-    and shift (AdaBN, Li et al. 2016; DSBN, Chang et al. 2019). With `domains` 1 it is the ordinary one."""
+    and shift (AdaBN, Li et al. 2016; DSBN, Chang et al. 2019)."""
 
-    def __init__(self, channels, domains):
+    def __init__(self, channels):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.register_buffer("mean", torch.zeros(domains, channels))
-        self.register_buffer("var", torch.ones(domains, channels))
+        self.register_buffer("mean", torch.zeros(2, channels))
+        self.register_buffer("var", torch.ones(2, channels))
+        self.momentum = 0.1
 
     def forward(self, x, domain):
-        d = domain % len(self.mean)
-        return F.batch_norm(x, self.mean[d], self.var[d], self.weight, self.bias, self.training)
+        statistics = self.mean[domain], self.var[domain]
+        return F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum)
 
 
 class Conv(nn.Module):
     """relu(norm(convolution 3x3)); `stride` 2 halves the size."""
 
-    def __init__(self, c_in, c_out, stride, domains):
+    def __init__(self, c_in, c_out, stride=1):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
-        self.norm = DomainNorm(c_out, domains)
+        self.norm = DomainNorm(c_out)
 
     def forward(self, x, domain):
         return F.relu(self.norm(self.conv(x), domain))
 
 
 class FeatureExtractor(nn.Module):
-    """[B, 3, 28, 28], uint8 or in [-1, 1], of one domain -> features [B, 128].
+    """[B, 3, 28, 28], uint8 or in [-1, 1], of one domain -> features [B, 128]. The mean and deviation of each
+    channel of each picture are taken out first, as in VADA (Shu et al. 2018)."""
 
-    norm: "batch" normalises with statistics common to both domains, "domain" with each domain's own; "instance" before
-    it takes the mean and deviation out of each channel of each picture, as VADA does (Shu et al. 2018).
-    """
-
-    def __init__(self, norm="batch"):
+    def __init__(self):
         super().__init__()
-        self.instance = norm.startswith("instance")
-        self.domains = n = 2 if norm.endswith("domain") else 1
         # fmt: off
         self.layers = nn.ModuleList([
-            Conv(3, 32, 1, n),              # 28x28
-            Conv(32, 64, 2, n),             # 14x14
-            Conv(64, 64, 1, n),
-            Conv(64, 128, 2, n),            # 7x7
-            Conv(128, 128, 1, n),
-            Conv(128, FEATURES, 1, n),
+            Conv(3, 32),                    # 28x28
+            Conv(32, 64, stride=2),         # 14x14
+            Conv(64, 64),
+            Conv(64, 128, stride=2),        # 7x7
+            Conv(128, 128),
+            Conv(128, FEATURES),
         ])
         # fmt: on
 
     def forward(self, x, domain=SOURCE):
         x = (x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x).contiguous(memory_format=torch.channels_last)
-        if self.instance:
-            x = (x - x.mean((2, 3), keepdim=True)) / (x.std((2, 3), keepdim=True) + 0.02)
+        x = (x - x.mean((2, 3), keepdim=True)) / (x.std((2, 3), keepdim=True) + 0.02)
         for layer in self.layers:
             x = layer(x, domain)
         return x.mean((2, 3))
@@ -100,26 +96,51 @@ class LabelPredictor(nn.Sequential):
     """Features [B, 128] -> logits of the digits [B, 10]."""
 
     def __init__(self):
-        super().__init__(nn.Linear(FEATURES, 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, 10))
+        # fmt: off
+        super().__init__(
+            nn.Linear(FEATURES, 128),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.Linear(128, 10),
+        )
+        # fmt: on
 
 
 class DomainClassifier(nn.Sequential):
     """Features [B, 128] -> logits of SOURCE and TARGET [B, 2]; only training needs it."""
 
     def __init__(self):
-        super().__init__(nn.Linear(FEATURES, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2))
+        # fmt: off
+        super().__init__(
+            nn.Linear(FEATURES, 256),
+            nn.ReLU(),
+            nn.Linear(256, 256),
+            nn.ReLU(),
+            nn.Linear(256, 2),
+        )
+        # fmt: on
 
 
 class DigitNet(nn.Module):
     """What remains after training, extractor and label predictor: [B, 3, 28, 28] of one domain -> logits [B, 10]."""
 
-    def __init__(self, norm="batch"):
+    def __init__(self):
         super().__init__()
-        self.features, self.labels = FeatureExtractor(norm), LabelPredictor()
+        self.features, self.labels = FeatureExtractor(), LabelPredictor()
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, domain=SOURCE):
         return self.labels(self.features(x, domain)).float()
+
+    @contextlib.contextmanager
+    def unremembered(self):
+        """What passes through the network meanwhile leaves no trace in the domains' running statistics."""
+        norms = [m for m in self.modules() if isinstance(m, DomainNorm)]
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+        for norm in norms:
+            norm.momentum = 0.1
 
 
 @torch.no_grad()
@@ -139,6 +160,6 @@ def load_digit_net(path):
     """(DigitNet in eval mode, float32; config) of a checkpoint of p4_train.py; raises UserError."""
     checkpoint = load_checkpoint(path)
     config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
-    if not isinstance(config, dict) or config.get("norm") not in NORMS or "state_dict" not in checkpoint:
+    if not isinstance(config, dict) or config.get("domain") not in (SOURCE, TARGET) or "state_dict" not in checkpoint:
         raise UserError(f"{path}: it is not a checkpoint of p4_train.py; name one, or train it")
-    return load_weights(DigitNet(config["norm"]), checkpoint["state_dict"], path).eval(), config
+    return load_weights(DigitNet(), checkpoint["state_dict"], path).eval(), config

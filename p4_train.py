@@ -1,22 +1,20 @@
 """Trains digits for a domain without labels: source only, domain-adversarial (DANN, Ganin et al. 2016), or target only.
 
     python3 p4_train.py --target svhn --mode dann                   # to runs/p4_svhn_dann; the same line resumes it
-    python3 p4_train.py --target usps --mode dann --refine
+    python3 p4_train.py --target svhn --refine                      # goes on from its best.pt, to runs/p4_svhn_refined
 
 Leaves in --out: last.ckpt (resumable), best.pt (EMA weights in half precision; copy it to
 checkpoints/p4_{target}_{mode}.pt), last.pt (those of the last epoch), csv/ and tensorboard/.
 
-No label of the target is seen by source and dann, but to report an accuracy that decides nothing. best.pt is the epoch
-with the highest score, which is, in
+No label of the target is seen by source, dann and --refine, but to report an accuracy that decides nothing. best.pt is
+the epoch with the highest score, which is, in
 - source: the accuracy on validation images of the source;
-- dann: that, plus the mutual information of target images and predictions, H(mean p) - mean H(p), as a part of log 10,
-  its largest value (Krause et al. 2010; to select by it: Musgrave et al. 2022), on validation images without labels;
+- dann and --refine: p4_losses.label_free_score, that and the mutual information of target images and predictions;
 - target: the step, so the last one: the accuracy on the validation images is what gets reported;
 - any, with --oracle-selection: the accuracy on validation images of the target; the checkpoint's metrics say so.
 
---refine adds self-training on the target: where the EMA network is sure of an untouched picture's digit, the network
-learns it on an augmented view (FixMatch, Sohn et al. 2020, with the averaged teacher of French et al. 2018), and the
-entropy of its mean prediction is kept high, so that no digit is lost; both weighted by the schedule of lambda.
+--refine trains the network of --start on, with a small adversarial loss and the parts it names, self-training where it
+names none: the EMA network, while it learns, teaches the target's digits that it is sure of (p4_losses.py).
 """
 
 from __future__ import annotations
@@ -35,13 +33,16 @@ import torch.nn.functional as F
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch.utils.data import Dataset
 
+import p4_losses
 from digits import load_digits
 from p4_augment import SOURCE_ZOOM, TARGET_ZOOM, augment
-from p4_model import HELD_BACK, NORMS, SOURCE, TARGET, DigitNet, DomainClassifier, reverse_gradient, run_batches
+from p4_model import HELD_BACK, SOURCE, TARGET, DigitNet, DomainClassifier, load_digit_net, run_batches
 from train_common import add_training_options, fit, lightning_trainer, warmup_cosine
 from utils import UserError, cli, half, output_folder, save_checkpoint
 
-SURE = 0.9  # the probability from which --refine believes the teacher
+# --refine: the weights of its parts on the target and on the source (Mao et al. 2019, table 5, for MNIST to SVHN)
+PARTS = {"self-training": (1.0, 0.0), "entropy": (0.06, 0.0), "vat": (0.06, 1.0), "mixup": (0.06, 1.0)}
+REFINED = {"steps": 2000, "batch_size": 64, "lr": 5e-4, "ema": 0.995, "warmup": 50, "adversary": 0.01}  # its defaults
 
 
 class Adaptation(pl.LightningModule):
@@ -50,7 +51,7 @@ class Adaptation(pl.LightningModule):
     def __init__(self, config, args):
         super().__init__()
         self.config, self.args = config, args
-        self.net = DigitNet(config["norm"])
+        self.net = load_digit_net(args.start)[0].train() if config["refine"] else DigitNet()
         if config["mode"] == "dann":
             self.domains = DomainClassifier()
 
@@ -59,7 +60,7 @@ class Adaptation(pl.LightningModule):
         view = (TARGET_ZOOM,) if self.config["mode"] == "target" else (SOURCE_ZOOM, 0.5)
         images = self.view_of(to_float(images), *view)
         if unlabelled:
-            loss = self.adversarial_loss(images, labels, to_float(unlabelled[0]))
+            loss = self.adapt(images, labels, to_float(unlabelled[0]))
         else:
             loss = F.cross_entropy(self.net(images, self.config["domain"]), labels)
         self.log("train_loss", loss)
@@ -68,32 +69,35 @@ class Adaptation(pl.LightningModule):
     def view_of(self, images, *how):
         return images if self.args.plain else augment(images, *how)
 
-    def adversarial_loss(self, source, labels, target):
-        """The objective of Ganin et al. 2016 (section 4.2), lambda by their schedule; `target` not yet augmented."""
-        ramp = 2 / (1 + math.exp(-10 * self.trainer.global_step / self.args.steps)) - 1
-        lambd = self.args.adversary * ramp
+    def adapt(self, source, labels, target):
+        """Cross-entropy of the source's views, adversarial loss, and the parts of --refine; `target` not yet augmented.
+        In DANN lambda rises by the schedule of Ganin et al. 2016, section 5.2.2."""
         views = source, self.view_of(target, TARGET_ZOOM)
-        if self.net.features.domains == 1:
-            features = self.net.features(torch.cat(views))
-        else:
-            features = torch.cat([self.net.features(x, d) for x, d in zip(views, (SOURCE, TARGET))])
-        logits, target_logits = self.net.labels(features).float().chunk(2)
-        domain = torch.tensor([SOURCE, TARGET], device=self.device).repeat_interleave(len(source))
-        label_loss = F.cross_entropy(logits, labels)
-        domain_loss = F.cross_entropy(self.domains(reverse_gradient(features, lambd)).float(), domain)
-        self.log_dict({"label_loss": label_loss, "domain_loss": domain_loss, "lambda": lambd})
-        refinement = ramp * self.refinement(target, target_logits) if self.args.refine else 0
-        return label_loss + domain_loss + refinement
+        features = [self.net.features(x, domain) for domain, x in enumerate(views)]
+        logits = [self.net.labels(f).float() for f in features]
+        progress = 1 if self.config["refine"] else self.trainer.global_step / self.args.steps
+        lambd = self.args.adversary * (2 / (1 + math.exp(-10 * progress)) - 1)
+        losses = {"label_loss": F.cross_entropy(logits[SOURCE], labels)}
+        losses["domain_loss"] = p4_losses.adversarial(self.domains, *features, lambd)
+        self.log_dict({**losses, "lambda": lambd})
+        return sum(losses.values()) + sum(self.part(p, views, logits, target) for p in self.config["refine"])
 
-    def refinement(self, target, logits):
-        """FixMatch (Sohn et al. 2020, eq. 4) by the EMA network's digits, minus the entropy of the mean prediction."""
-        teacher = next(c for c in self.trainer.callbacks if isinstance(c, Teacher)).network()
-        with torch.no_grad():
-            probability, digit = teacher(target, TARGET).softmax(1).max(1)
-        sure = (probability >= SURE).float()
-        self.log("sure", sure.mean())
-        mean = logits.softmax(1).mean(0)
-        return (sure * F.cross_entropy(logits, digit, reduction="none")).mean() + 0.1 * torch.xlogy(mean, mean).sum()
+    def part(self, name, views, logits, target):
+        """One part of --refine, weighted over target and source."""
+        if name == "self-training":
+            teacher = next(c for c in self.trainer.callbacks if isinstance(c, Teacher)).network()
+            with torch.no_grad():
+                taught = teacher(target, TARGET)
+            loss, share = p4_losses.self_training(logits[TARGET], taught, logits[SOURCE])
+            self.log("taught_share", share)
+            return PARTS[name][0] * loss
+        if name == "entropy":
+            return PARTS[name][0] * p4_losses.entropy(logits[TARGET])
+        smooth = {"vat": p4_losses.virtual_adversarial, "mixup": p4_losses.virtual_mixup}[name]
+        with self.net.unremembered():
+            of_source = smooth(lambda x: self.net(x, SOURCE), views[SOURCE], logits[SOURCE])
+            of_target = smooth(lambda x: self.net(x, TARGET), views[TARGET], logits[TARGET])
+        return PARTS[name][0] * of_target + PARTS[name][1] * of_source
 
     def validation_step(self, batch, _):
         images, labels = batch
@@ -134,14 +138,14 @@ class Selection(pl.Callback):
     def on_validation_epoch_end(self, trainer, module):
         if not trainer.is_global_zero:
             return
-        state_dict, net = half(module.net.state_dict()), DigitNet(module.config["norm"])
+        state_dict, net = half(module.net.state_dict()), DigitNet()
         net.load_state_dict(state_dict)
         net.eval().to(module.device)
         logits = run_batches(net, self.images, module.config["domain"], module.device)
         metrics = {
             "target_accuracy": (logits.argmax(1) == self.labels).float().mean().item(),
             "labelled_accuracy": float(trainer.callback_metrics["labelled_accuracy"]),
-            "mutual_information": mutual_information(logits),
+            "mutual_information": p4_losses.mutual_information(logits),
         }
         metrics["score"] = metrics["target_accuracy"] if self.oracle else self.score(trainer, module, metrics)
         module.log_dict(metrics, rank_zero_only=True)
@@ -157,7 +161,7 @@ class Selection(pl.Callback):
     def score(self, trainer, module, metrics):
         return {
             "source": metrics["labelled_accuracy"],
-            "dann": metrics["labelled_accuracy"] + metrics["mutual_information"] / math.log(10),
+            "dann": p4_losses.label_free_score(metrics["labelled_accuracy"], metrics["mutual_information"]),
             "target": float(trainer.global_step),
         }[module.config["mode"]]
 
@@ -166,13 +170,6 @@ class Selection(pl.Callback):
 
     def load_state_dict(self, state):
         self.best, self.seconds = state["best"], state["seconds"]
-
-
-def mutual_information(logits):
-    """H(mean p) - mean H(p) of p = softmax(logits [N, 10]), 0 to log 10: high where predictions are sure and differ."""
-    p, log_p = logits.softmax(1), logits.log_softmax(1)
-    mean = p.mean(0)
-    return float((p * log_p).sum(1).mean() - torch.xlogy(mean, mean).sum())
 
 
 class Digits(Dataset):
@@ -213,17 +210,23 @@ def parse(argv):
     option("--source", choices=list(HELD_BACK), default="mnistm")
     option("--target", choices=list(HELD_BACK), required=True)
     option("--mode", choices=["source", "dann", "target"], default="dann")
-    option("--norm", choices=NORMS, default="instance-domain", help="of features and pictures: see p4_model.py")
     option("--adversary", type=float, default=1.0, help="the largest lambda (default: 1)")
     option("--plain", action="store_true", help="no augmentation, to see what adaptation does alone")
-    option("--refine", action="store_true", help="self-training on top of dann")
+    option("--refine", nargs="*", choices=list(PARTS), default=None, help="of --start, by these parts: see above")
+    option("--start", metavar="CHECKPOINT", help="of --mode dann (default: runs/p4_{target}_dann/best.pt)")
     option("--oracle-selection", action="store_true", help="choose the epoch by target labels; for comparison only")
     add_training_options(parser, out="runs/p4_{target}_{mode}", steps=2000, batch_size=128, lr=1e-3, ema=0.999)
+    if "--refine" in argv:
+        parser.set_defaults(**REFINED, out="runs/p4_{target}_refined")
     args = parser.parse_args(argv)
     if args.source == args.target:
         raise UserError(f"--target {args.target}: it is the source too; take another one")
-    if args.refine and args.mode != "dann":
+    if args.refine is not None and args.mode != "dann":
         raise UserError(f"--refine works on top of --mode dann, not {args.mode}")
+    if args.start and args.refine is None:
+        raise UserError(f"--start {args.start}: add --refine, or leave it out")
+    args.refine = [] if args.refine is None else args.refine or ["self-training"]
+    args.start = args.start or f"runs/p4_{args.target}_dann/best.pt"
     args.out = args.out.replace("{target}", args.target).replace("{mode}", args.mode)
     return args
 
@@ -233,7 +236,7 @@ def main(argv=None):
     args = parse(argv)
     train, val, images, labels = read_data(args)
     out = output_folder(args.out)
-    config = {"norm": args.norm, "domain": SOURCE if args.mode == "source" else TARGET, "mode": args.mode}
+    config = {"domain": SOURCE if args.mode == "source" else TARGET, "mode": args.mode}
     config.update(source=args.source, target=args.target, refine=args.refine, steps=args.steps)
     pl.seed_everything(args.seed, verbose=False)
     module = Adaptation(config, args)

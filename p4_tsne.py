@@ -2,7 +2,8 @@
 
     python3 p4_tsne.py --data hw2_data/digits tsne.png
 
-A row a scenario: source only, coloured by digit and by domain, beside DANN, likewise. Needs scikit-learn.
+A row a scenario: source only, coloured by digit and by domain, beside the adapted network, likewise. Needs
+scikit-learn.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from digits import load_digits
 from p4_model import HELD_BACK, SOURCE, load_digit_net, run_batches
 from utils import Parser, UserError, add_device_options, atomic, cli, output_file, reuse_freed_memory, whole
 
-SCENARIOS = ("svhn", "usps")
-MODES = {"source": "source only", "dann": "DANN"}
+# the adaptation of each scenario that stands beside source only, and its title
+ADAPTED = {"svhn": ("refined", "DANN, then self-training"), "usps": ("dann", "DANN")}
 
 
 def features_of(path, images, device):
@@ -36,7 +37,7 @@ def read_domain(data, name, count):
 
 
 def draw(panels, digits, domains, path):
-    """panels: {scenario: {mode: points [N, 2]}}; digits, domains: {scenario: int [N]}; writes one PNG."""
+    """panels: {scenario: {title: points [N, 2]}}; digits, domains: {scenario: int [N]}; writes one PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -44,9 +45,9 @@ def draw(panels, digits, domains, path):
 
     figure, axes = plt.subplots(len(panels), 4, figsize=(16, 4 * len(panels)), squeeze=False, layout="constrained")
     for row, (target, modes) in zip(axes, panels.items()):
-        for (mode, points), by_digit, by_domain in zip(modes.items(), row[::2], row[1::2]):
+        for (title, points), by_digit, by_domain in zip(modes.items(), row[::2], row[1::2]):
             dots = by_digit.scatter(*points.T, c=digits[target], s=4, cmap="tab10", vmin=-0.5, vmax=9.5)
-            by_digit.set_title(f"MNIST-M to {target.upper()}, {MODES[mode]}: digits")
+            by_digit.set_title(f"MNIST-M to {target.upper()}, {title}: digits")
             for d, name in enumerate(("MNIST-M", target.upper())):
                 by_domain.scatter(*points[domains[target] == d].T, s=4, label=name, color=f"C{d}", alpha=0.6)
             by_domain.set_title("domains")
@@ -79,17 +80,17 @@ def main(argv=None):
     reuse_freed_memory()
     source, source_digits = read_domain(args.data, "mnistm", args.count)
     panels, digits, domains = {}, {}, {}
-    with tqdm(total=len(SCENARIOS) * len(MODES), desc="t-SNE", unit="map") as bar:
-        for target in SCENARIOS:
+    with tqdm(total=2 * len(ADAPTED), desc="t-SNE", unit="map") as bar:
+        for target, adapted in ADAPTED.items():
             images, labels = read_domain(args.data, target, args.count)
             digits[target] = torch.cat([source_digits, labels]).numpy()
             domains[target] = np.repeat([0, 1], [len(source), len(images)])
             panels[target] = {}
-            for mode in MODES:
+            for mode, title in (("source", "source only"), adapted):
                 features = features_of(f"{args.checkpoints}/p4_{target}_{mode}.pt", (source, images), args.device)
                 perplexity = min(30.0, (len(features) - 1) / 3)
                 points = TSNE(perplexity=perplexity, random_state=args.seed).fit_transform(features)
-                panels[target][mode] = points
+                panels[target][title] = points
                 bar.update()
     draw(panels, digits, domains, output_file(args.out))
     print(f"wrote {args.out}: {len(source)} images of MNIST-M and up to {args.count} of each target")

@@ -1,11 +1,12 @@
 """Adaptation in one table: accuracy on the target's validation images by scenario, training and seed.
 
     python3 benchmarks/p4.py --data hw2_data/digits --runs runs/p4 --out table.md
-    python3 benchmarks/p4.py --target svhn --mode dann --seeds 0 -- --norm batch --steps 3000
+    python3 benchmarks/p4.py --target svhn --mode dann --seeds 0 -- --adversary 0.5 --steps 3000
 
 Trains with p4_train.py what is not finished in --runs (an interrupted run goes on where it stopped), then prints the
 mean and each of the seeds. What follows "--" goes to every training; take other --runs for it, since a finished
-run is not trained again. Accuracies are those of best.pt, chosen without target labels (p4_train.py says how), and in
+run is not trained again; minutes of a refined network are those after DANN's. "score" is p4_losses.label_free_score, by
+which trainings are chosen. Accuracies are those of best.pt, chosen without target labels (p4_train.py says how), and in
 brackets the mean of the last epoch's.
 """
 
@@ -21,14 +22,24 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from table import add_out_option, describe_machine, save_table
 
+from p4_losses import label_free_score
 from utils import UserError, cli, load_checkpoint, output_folder, pick_device
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TARGETS = {"svhn": "MNIST-M to SVHN", "usps": "MNIST-M to USPS"}
-MODES = {
+PLAIN = " without augmentation"
+MODES = {  # name: (title, options of p4_train.py); what --refine starts from is "dann", or "dann-plain" if plain
     "source": ("source only", ["--mode", "source"]),
     "dann": ("DANN", ["--mode", "dann"]),
-    "refine": ("DANN, --refine", ["--mode", "dann", "--refine"]),
+    "refined": ("DANN, then self-training (`--refine`)", ["--refine"]),
+    "entropy": ("DANN, then entropy", ["--refine", "entropy"]),
+    "mixup": ("DANN, then entropy and virtual mixup", ["--refine", "entropy", "mixup"]),
+    "vat": ("DANN, then entropy and virtual adversarial training", ["--refine", "entropy", "vat"]),
+    "vada": ("DANN, then all three (VADA + VMT)", ["--refine", "entropy", "vat", "mixup"]),
+    "all": ("DANN, then all three and self-training", ["--refine", "self-training", "entropy", "vat", "mixup"]),
+    "source-plain": ("source only" + PLAIN, ["--mode", "source", "--plain"]),
+    "dann-plain": ("DANN" + PLAIN, ["--mode", "dann", "--plain"]),
+    "refined-plain": ("DANN, then self-training," + PLAIN, ["--refine", "--plain"]),
     "target": ("target only", ["--mode", "target"]),
 }
 
@@ -39,6 +50,10 @@ def trained(args, target, mode, seed):
     if not finished(out):
         command = [sys.executable, str(ROOT / "p4_train.py"), "--data", args.data, "--out", str(out)]
         command += ["--target", target, *MODES[mode][1], "--seed", str(seed), "--device", args.device, *args.options]
+        if "--refine" in command:
+            start = "dann-plain" if "--plain" in command else "dann"
+            trained(args, target, start, seed)
+            command += ["--start", str(pathlib.Path(args.runs) / f"{target}_{start}_{seed}" / "best.pt")]
         print(f"training {out}", file=sys.stderr)
         if subprocess.run(command, stdout=sys.stderr).returncode or not finished(out):
             raise UserError(f"{out}: its training stopped, as said above; the same command goes on from there")
@@ -59,13 +74,18 @@ def spread(values):
 
 
 def row(args, mode):
-    """A line of the table: for each scenario the accuracy, that of the last epoch, and the minutes of a run."""
+    """A line of the table: for each scenario accuracy, that of the last epoch, label-free score, minutes of a run."""
     cells = []
     for target in args.target:
         runs = [trained(args, target, mode, seed) for seed in args.seeds]
-        best, last = ([run[i]["metrics"]["target_accuracy"] for run in runs] for i in (0, 1))
-        minutes = statistics.mean(run[1]["metrics"]["seconds"] for run in runs) / 60
-        cells += [f"{spread(best)} [{100 * statistics.mean(last):.1f}]", f"{minutes:.1f}"]
+        best, last = ([run[i]["metrics"] for run in runs] for i in (0, 1))
+        scores = [label_free_score(m["labelled_accuracy"], m["mutual_information"]) for m in best]
+        accuracy = spread([m["target_accuracy"] for m in best])
+        cells.append(f"{accuracy} [{100 * statistics.mean(m['target_accuracy'] for m in last):.1f}]")
+        cells.append(
+            "-" if mode == "target" else f"{statistics.mean(scores):.3f}"
+        )  # its labelled images are the target's
+        cells.append(f"{statistics.mean(m['seconds'] for m in last) / 60:.1f}")
     return f"| {MODES[mode][0]} | {' | '.join(cells)} |"
 
 
@@ -75,7 +95,13 @@ def parse(argv):
     option("--data", default="hw2_data/digits")
     option("--runs", default="runs/p4", help="folder of the runs, {target}_{mode}_{seed} (default: runs/p4)")
     option("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    option("--mode", nargs="+", choices=list(MODES), default=list(MODES))
+    option(
+        "--mode",
+        nargs="+",
+        choices=list(MODES),
+        default=["source", "dann", "refined", "target"],
+        help="rows (default: source dann refined target)",
+    )
     option("--seeds", nargs="+", type=int, default=[0, 1, 2])
     option("--device", default="auto")
     add_out_option(parser)
@@ -87,7 +113,11 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     output_folder(args.runs)
-    titles = [t for target in args.target for t in (f"{TARGETS[target]}, %", f"minutes, {target.upper()}")]
+    titles = [
+        t
+        for target in args.target
+        for t in (TARGETS[target] + ", %", "score, " + target.upper(), "minutes, " + target.upper())
+    ]
     options = f", {' '.join(args.options)}" if args.options else ""
     lines = [
         f"{describe_machine(pick_device(args.device))}; {len(args.seeds)} seeds{options}",

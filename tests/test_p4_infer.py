@@ -17,10 +17,12 @@ from p4_infer import scenario_of
 from p4_model import SOURCE, TARGET, load_digit_net, predict
 from utils import UserError, half, save_checkpoint
 
+SHIPPED = {"svhn": "refined", "usps": "source"}
+
 
 def save(path, seed=0, domain=TARGET):
-    config = {"norm": "instance-domain", "domain": domain}
-    state_dict = half(lively("instance-domain", seed).state_dict())
+    config = {"domain": domain}
+    state_dict = half(lively(seed, domain).state_dict())
     save_checkpoint({"state_dict": state_dict, "config": config, "step": 1, "metrics": {}}, path)
 
 
@@ -31,8 +33,8 @@ def work(tmp_path_factory):
     write_domain(folder / "svhn")
     write_domain(folder / "usps", grey=True, seed=1)
     (folder / "checkpoints").mkdir()
-    save(folder / "checkpoints/p4_svhn_dann.pt")
-    save(folder / "checkpoints/p4_usps_dann.pt", seed=1)
+    save(folder / "checkpoints/p4_svhn_refined.pt")
+    save(folder / "checkpoints/p4_usps_source.pt", seed=1, domain=SOURCE)
     save(folder / "checkpoints/p4_svhn_source.pt", domain=SOURCE)
     return folder
 
@@ -69,7 +71,7 @@ def test_the_csv_has_a_row_for_each_picture_sorted_by_name(work, tmp_path, name,
     assert [n for n, _ in lines] == [f"{i:05d}.png" for i in range(60)]
     assert {label for _, label in lines} <= set("0123456789") and len({label for _, label in lines}) > 2
     assert b"\r" not in (tmp_path / "new" / "out.csv").read_bytes()
-    assert f"wrote 60 labels ({name}, dann)" in capsys.readouterr().out.splitlines()[-1]
+    assert f"wrote 60 labels ({name}, {SHIPPED[name]})" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_the_labels_are_the_scenario_s_network_s(work, tmp_path):
@@ -77,14 +79,16 @@ def test_the_labels_are_the_scenario_s_network_s(work, tmp_path):
         infer(work / name / "data", tmp_path / "out.csv")
         pixels = [np.asarray(Image.open(work / name / "data" / f"{i:05d}.png").convert("RGB")) for i in range(60)]
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-        net, _ = load_digit_net(work / f"checkpoints/p4_{name}_dann.pt")
-        assert [int(label) for _, label in rows(tmp_path / "out.csv")[1:]] == predict(net, images, TARGET).tolist()
+        net, config = load_digit_net(work / f"checkpoints/p4_{name}_{SHIPPED[name]}.pt")
+        assert [int(label) for _, label in rows(tmp_path / "out.csv")[1:]] == predict(
+            net, images, config["domain"]
+        ).tolist()
 
 
 def test_mode_names_the_checkpoint_and_the_checkpoint_its_domain(work, tmp_path):
-    infer(work / "svhn/data", tmp_path / "dann.csv")
+    infer(work / "svhn/data", tmp_path / "refined.csv")
     infer(work / "svhn/data", tmp_path / "source.csv", "--mode", "source")
-    assert rows(tmp_path / "dann.csv") != rows(tmp_path / "source.csv")
+    assert rows(tmp_path / "refined.csv") != rows(tmp_path / "source.csv")
 
 
 def test_batch_size_does_not_change_a_label(work, tmp_path):
@@ -120,7 +124,7 @@ def test_hw2_4_sh_takes_a_folder_and_a_csv(work, tmp_path):
     command = ["bash", str(ROOT / "hw2_4.sh")]
     assert subprocess.run([*command, "only-one"], capture_output=True).returncode == 2
     done = subprocess.run(
-        [*command, work / "svhn/data", "out.csv", "--checkpoint", work / "checkpoints/p4_svhn_dann.pt"],
+        [*command, work / "svhn/data", "out.csv", "--checkpoint", work / "checkpoints/p4_svhn_refined.pt"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -159,7 +163,7 @@ def test_an_unknown_scenario_asks_for_target(tmp_path):
 
 def test_target_overrides_the_path(work, tmp_path, capsys):
     infer(work / "svhn/data", tmp_path / "out.csv", "--target", "usps")
-    assert "(usps, dann)" in capsys.readouterr().out
+    assert "(usps, source)" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------ bad input
@@ -219,21 +223,10 @@ def test_the_t_sne_picture_has_a_row_of_four_panels_for_each_scenario(work, tmp_
     write_domain(tmp_path / "digits/mnistm", seed=2, count=200)
     for name in ("svhn", "usps"):
         write_domain(tmp_path / "digits" / name, count=200)
-        for mode in ("source", "dann"):
+        for mode in ("source", p4_tsne.ADAPTED[name][0]):
             save(tmp_path / f"p4_{name}_{mode}.pt", domain=SOURCE if mode == "source" else TARGET)
-    p4_tsne.main(
-        [
-            str(tmp_path / "out" / "tsne.png"),
-            "--data",
-            str(tmp_path / "digits"),
-            "--device",
-            "cpu",
-            "--checkpoints",
-            str(tmp_path),
-            "--count",
-            "20",
-        ]
-    )
+    options = ["--data", tmp_path / "digits", "--device", "cpu", "--checkpoints", tmp_path, "--count", 20]
+    p4_tsne.main([str(a) for a in (tmp_path / "out" / "tsne.png", *options)])
     picture = np.asarray(Image.open(tmp_path / "out" / "tsne.png").convert("RGB")).astype(int)
     assert picture.shape[1] == 2 * picture.shape[0] == 1280
     panels = [half_.reshape(-1, 3) for row in np.split(picture, 2) for half_ in np.array_split(row, 4, axis=1)]
