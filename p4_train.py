@@ -19,7 +19,6 @@ names none: the EMA network, while it learns, teaches the target's digits that i
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
@@ -31,14 +30,13 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import EMAWeightAveraging
-from torch.utils.data import Dataset
 
 import p4_losses
 from digits import load_digits
 from p4_augment import SOURCE_ZOOM, TARGET_ZOOM, augment
 from p4_model import HELD_BACK, SOURCE, TARGET, DigitNet, DomainClassifier, load_digit_net, run_batches
-from train_common import add_training_options, fit, lightning_trainer, warmup_cosine
-from utils import UserError, cli, half, output_folder, save_checkpoint
+from train_common import Batches, add_training_options, fit, lightning_trainer, warmup_cosine
+from utils import Parser, UserError, cli, half, output_folder, real, save_checkpoint
 
 # --refine: the weights of its parts on the target and on the source (Mao et al. 2019, table 5, for MNIST to SVHN)
 PARTS = {"self-training": (1.0, 0.0), "entropy": (0.06, 0.0), "vat": (0.06, 1.0), "mixup": (0.06, 1.0)}
@@ -172,24 +170,6 @@ class Selection(pl.Callback):
         self.best, self.seconds = state["best"], state["seconds"]
 
 
-class Digits(Dataset):
-    """A list of items gives these rows, (images, labels); in training any rows, and as many of `unlabelled`."""
-
-    def __init__(self, images, labels, unlabelled=(), training=False):
-        self.images, self.labels, self.unlabelled, self.training = images, labels, unlabelled, training
-        self.length = len(images)
-
-    def __len__(self):
-        return self.length
-
-    def __getitems__(self, indices):
-        rows = torch.randint(len(self.images), (len(indices),)) if self.training else torch.tensor(indices)
-        batch = self.images[rows], self.labels[rows]
-        if len(self.unlabelled):
-            batch += (self.unlabelled[torch.randint(len(self.unlabelled), (len(indices),))],)
-        return batch
-
-
 def read_data(args):
     """(training set, validation set, target's validation images, their labels). The training set has no target labels
     but in the mode target, and no target images in the mode source."""
@@ -197,20 +177,28 @@ def read_data(args):
     def load(name, split):
         return load_digits(args.data, name, split, HELD_BACK[name])
 
+    def drawn(rows):
+        """As many rows of the labelled domain as asked for, and of the unlabelled one."""
+        i = torch.randint(len(images), (len(rows),))
+        j = [torch.randint(len(x), (len(rows),)) for x in unlabelled]
+        return (images[i], labels[i], *(x[k] for x, k in zip(unlabelled, j)))
+
     labelled = args.target if args.mode == "target" else args.source
-    unlabelled = load(args.target, "train")[0] if args.mode == "dann" else ()
-    train = Digits(*load(labelled, "train"), unlabelled, training=True)
-    return train, Digits(*(x[:2000] for x in load(labelled, "val"))), *load(args.target, "val")
+    images, labels = load(labelled, "train")
+    unlabelled = [load(args.target, "train")[0]] if args.mode == "dann" else []
+    known = [x[:2000] for x in load(labelled, "val")]
+    val = Batches(len(known[0]), lambda rows: [x[rows] for x in known])
+    return Batches(len(images), drawn), val, *load(args.target, "val")
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     option = parser.add_argument
     option("--data", default="hw2_data/digits", help="folder with mnistm/, svhn/, usps/")
     option("--source", choices=list(HELD_BACK), default="mnistm")
     option("--target", choices=list(HELD_BACK), required=True)
     option("--mode", choices=["source", "dann", "target"], default="dann")
-    option("--adversary", type=float, default=1.0, help="the largest lambda (default: 1)")
+    option("--adversary", type=real(0), default=1.0, help="the largest lambda (default: 1)")
     option("--plain", action="store_true", help="no augmentation, to see what adaptation does alone")
     option("--refine", nargs="*", choices=list(PARTS), default=None, help="of --start, by these parts: see above")
     option("--start", metavar="CHECKPOINT", help="of --mode dann (default: runs/p4_{target}_dann/best.pt)")
