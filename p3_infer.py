@@ -22,7 +22,6 @@ from typing import NamedTuple  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import p3_invert  # noqa: E402
 import p3_model  # noqa: E402
 from p3_concepts import image_files, placeholders, read_concepts  # noqa: E402
 from utils import (  # noqa: E402
@@ -223,15 +222,17 @@ def sources_of(missing, concepts, data, args):
 
 def train_missing(model, tokens, jobs, out, args, clock, pictures):
     """Trains the tokens of `jobs` in the time that the pictures leave, at least two fifths of what there is."""
+    from p3_invert import Inversion, Recipe  # only now: it brings clip and torchvision
+
+    recipe = Recipe(steps=args.train_steps, size=args.size, seed=args.seed, preview_every=0)
     for n, (concept, files) in enumerate(jobs):
         print(f"{concept.token} has no embedding for this model: training it on {len(files)} pictures now")
         deadline = None
         if clock.deadline is not None:
             left = clock.deadline - time.monotonic()
             deadline = time.monotonic() + max(left - clock.needs(pictures, args.steps), 0.4 * left) / (len(jobs) - n)
-        settings = p3_invert.Recipe(steps=args.train_steps, size=args.size, seed=args.seed, preview_every=0)
         path = p3_model.embedding_path(out, concept.token)
-        print(p3_invert.invert(model, tokens, concept, files, settings, path, out / path.stem, deadline=deadline))
+        print(Inversion(model, tokens, concept, recipe, out / path.stem).run(files, path, deadline=deadline))
 
 
 # -------------------------------------------------------------------------------- main
@@ -249,7 +250,7 @@ def arguments():
     parser.add_argument("--batch-size", type=int, help="pictures at once (default: by free memory)")
     parser.add_argument("--time-limit", type=float, help="seconds for everything; steps are lowered to keep it")
     parser.add_argument("--train-missing", action="store_true", help="train absent embeddings from JSON's folder")
-    parser.add_argument("--train-steps", type=int, default=p3_invert.Recipe().steps, help="of --train-missing, at most")
+    parser.add_argument("--train-steps", type=int, default=400, help="of --train-missing, at most")
     parser.add_argument("--prompt", help="draw this prompt instead of the JSON's, into OUT/prompt.png")
     p3_model.add_model_options(parser)
     add_device_options(parser)

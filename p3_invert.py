@@ -1,13 +1,14 @@
 """Textual Inversion (Gal et al. 2023): learns the vectors of one placeholder from a few pictures, keeps the best step.
 
-    tokens = learned_tokens(model)
-    invert(model, tokens, concept, image_files("hw2_data/textual_inversion/0"), Recipe(), "new1.pt", "runs/new1")
+    training = Inversion(model, learned_tokens(model), concept, Recipe(), "runs/new1")
+    print(training.run(image_files("hw2_data/textual_inversion/0"), "embeddings/new1.pt"))
 
 p3_textual_inversion.py runs this for all concepts of a JSON, p3_infer.py for a token that has no embedding yet.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import pathlib
@@ -16,11 +17,11 @@ import time
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
+from diffusion import training_loss
 from p3_clip import best_fifth, image_scores, text_scores
 from p3_concepts import open_image
 from p3_model import fitting_batch, generate, user_errors, weights_id
@@ -32,14 +33,10 @@ class Recipe(NamedTuple):
 
     steps: int = 400
     batch: int = 4
-    accumulate: int = 1
-    lr: float = 1.25e-3  # for one picture: times batch and accumulation, as the paper scales it
+    lr: float = 1.25e-3  # for one picture: times the batch, as the paper scales it
     vectors: int = 1
     init_word: str = ""  # "" takes the concept's own, or what it is
-    kind: str = "auto"  # object or style; auto reads it off the prompts
-    flip: str = "auto"  # on or off; auto mirrors pictures unless the concept is one that a mirror changes
     crops: int = 4  # random crops a picture; one more is held back
-    norm_pull: float = 0.0  # share of the way to the vocabulary's mean norm that the vectors are pulled a step
     save_every: int = 50
     preview_every: int = 100
     validation_pictures: int = 5  # of each prompt that steps are chosen on; the grader draws 25
@@ -95,6 +92,16 @@ def captions_of(concept, kind, files):
 # -------------------------------------------------------------------------------- data
 
 
+class Examples(NamedTuple):
+    """What a token is learned from. Moments are mean and deviation of the autoencoder's posterior, sampled anew each
+    step: [N, 2, 4, h, w] of as many crops of each picture, picture by picture; `held`, one of each, is never trained
+    on. Captions are a list of texts for each picture, {} for the token."""
+
+    moments: torch.Tensor
+    held: torch.Tensor
+    captions: list
+
+
 def crops_of(path, size, count, flip, draw):
     """`count` random crops of a picture with its short side made `size`, every other one mirrored if `flip`.
 
@@ -112,20 +119,15 @@ def crops_of(path, size, count, flip, draw):
 
 
 @torch.no_grad()
-def latent_moments(model, images):
-    """Mean and standard deviation of the autoencoder's posterior of images in [-1, 1]: [N, 2, 4, H/8, W/8]."""
-    posterior = model.encode_first_stage(images.to(model.device))
-    return torch.stack([posterior.mean.float(), posterior.std.float()], dim=1)
-
-
-def cache_moments(model, files, recipe, flip):
-    """(moments of the training crops, those of the held-back crops, one a picture), to be sampled anew each step."""
-    draw, train, held = torch.Generator().manual_seed(recipe.seed), [], []
+def encode(model, files, recipe, flip):
+    """(moments of the training crops, those of the held-back crops) of some pictures, as Examples has them."""
+    draw, moments = torch.Generator().manual_seed(recipe.seed), []
     for path in tqdm(files, desc="encode", unit="picture", leave=False):
-        moments = latent_moments(model, crops_of(path, recipe.size, recipe.crops + 1, flip, draw))
-        train.append(moments[:-1])
-        held.append(moments[-1:])
-    return torch.cat(train), torch.cat(held)
+        crops = crops_of(path, recipe.size, recipe.crops + 1, flip, draw)
+        posterior = model.encode_first_stage(crops.to(model.device))
+        moments.append(torch.stack([posterior.mean.float(), posterior.std.float()], dim=1))
+    moments = torch.stack(moments)  # [pictures, crops + 1, 2, 4, h, w]
+    return moments[:, :-1].flatten(0, 1), moments[:, -1]
 
 
 # -------------------------------------------------------------------------------- loss
@@ -138,10 +140,9 @@ def eps_loss(model, moments, t, prompts, draw):
     """
     mean, std = moments.unbind(1)
     z, eps = (torch.randn(mean.shape, generator=draw).to(mean) for _ in range(2))
-    x_0 = model.get_first_stage_encoding(mean + std * z)
-    t = t.to(mean.device)
-    predicted = model.apply_model(model.q_sample(x_0, t, eps), t, model.get_learned_conditioning(prompts))
-    return F.mse_loss(predicted.float(), eps)
+    x_0, cond = model.get_first_stage_encoding(mean + std * z), model.get_learned_conditioning(prompts)
+    network = functools.partial(model.apply_model, cond=cond)
+    return training_loss(network, x_0, model.alphas_cumprod, t=t.to(mean.device), eps=eps).mean()
 
 
 @torch.no_grad()
@@ -158,57 +159,6 @@ def held_back_loss(model, moments, prompts, batch, seed=0, times=8):
     return total / len(pairs)
 
 
-# -------------------------------------------------------------------------------- training
-
-
-def train(model, tokens, token, moments, held, captions, recipe, work, deadline=None):
-    """Optimises the vectors of `token`; leaves step_00050.pt ... in the folder `work` and resumes from its state.pt.
-
-    `moments` [N, 2, 4, h, w] has the same number of rows for each picture, one after another, `held` one; `captions` a
-    list of texts for each, {} for the token.
-    Every draw of a step is seeded by the step, so that a resumed training equals an uninterrupted one. Stops at
-    `deadline` (time.monotonic) with everything saved. Returns the number of steps done.
-    """
-    vectors = tokens[token]
-    optimizer = torch.optim.AdamW([vectors], lr=recipe.lr * recipe.batch * recipe.accumulate, weight_decay=0.0)
-    scaler = grad_scaler(model)
-    losses = resume(work, training_id(model, token, recipe), vectors, optimizer, scaler)
-    mean_norm = tokens.mean_norm
-    first = len(losses)
-    bar = tqdm(range(first, recipe.steps), f"invert {token}", initial=first, total=recipe.steps, unit="step")
-    for step in bar:
-        losses.append(optimize(model, token, vectors, optimizer, scaler, moments, captions, recipe, step))
-        if recipe.norm_pull:
-            pull_norm(vectors, mean_norm, recipe.norm_pull)
-        bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}")
-        late = deadline is not None and time.monotonic() > deadline
-        if late or len(losses) % recipe.save_every == 0 or len(losses) == recipe.steps:
-            save_step(model, tokens, token, held, captions, recipe, work, losses, optimizer, scaler)
-        if recipe.preview_every and len(losses) % recipe.preview_every == 0:
-            preview(model, captions[0][0].format(token), recipe, work / f"preview_{len(losses):05d}.png")
-        if late:
-            break
-    return len(losses)
-
-
-def optimize(model, token, vectors, optimizer, scaler, moments, captions, recipe, step):
-    """One AdamW step; returns its loss. Only `vectors` receive gradients: everything else is frozen."""
-    draw, total = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step), 0.0
-    optimizer.zero_grad(set_to_none=True)
-    for _ in range(recipe.accumulate):
-        pick = torch.randint(len(moments), (recipe.batch,), generator=draw)
-        said = [captions[i * len(captions) // len(moments)] for i in pick.tolist()]
-        which = torch.rand(recipe.batch, generator=draw)
-        said = [texts[int(u * len(texts))].format(token) for texts, u in zip(said, which)]
-        t = torch.randint(model.num_timesteps, (recipe.batch,), generator=draw)
-        loss = eps_loss(model, moments[pick.to(moments.device)], t, said, draw)
-        scaler.scale(loss / recipe.accumulate).backward()
-        total += float(loss.detach()) / recipe.accumulate
-    scaler.step(optimizer)
-    scaler.update()
-    return total
-
-
 def grad_scaler(model):
     """Keeps float16 gradients from vanishing; does nothing in other precisions."""
     enabled = model.dtype == torch.float16
@@ -216,129 +166,170 @@ def grad_scaler(model):
     return new(model.device.type, enabled=enabled) if new else torch.cuda.amp.GradScaler(enabled=enabled)
 
 
-@torch.no_grad()
-def pull_norm(vectors, target, share):
-    norm = vectors.norm(dim=1, keepdim=True)
-    vectors.mul_(1 + share * (target / norm - 1))
+# -------------------------------------------------------------------------------- the training
 
 
-def preview(model, prompt, recipe, path):
-    pictures = generate(model, prompt, range(4), steps=20, size=recipe.size, seed=recipe.seed)
-    save_png(image_grid(pictures, columns=2), path)
+class Inversion:
+    """One token's training. `learn` leaves step_00050.pt ... in the folder `work` and resumes from its state.pt,
+    `choose` finds the best of these steps, `run` does both and writes the embedding.
 
+    Every draw of a step is seeded by the step, so that a resumed training equals an uninterrupted one.
+    """
 
-def save_step(model, tokens, token, held, captions, recipe, work, losses, optimizer, scaler):
-    """step_NNNNN.pt with its held-back loss, losses.csv, and state.pt to resume from."""
-    step = len(losses)
-    loss = held_back_loss(model, held, [texts[0].format(token) for texts in captions], recipe.batch)
-    with user_errors():
-        tokens.save(work / f"step_{step:05d}.pt", [token], step=step, scores={"held_back_loss": loss})
-    with atomic(work / "losses.csv") as temporary:
-        temporary.write_text("step,loss\n" + "".join(f"{i + 1},{x:.6f}\n" for i, x in enumerate(losses)))
-    state = {"training": training_id(model, token, recipe), "losses": losses, "vectors": tokens[token].detach().cpu()}
-    save_checkpoint({**state, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, work / "state.pt")
+    def __init__(self, model, tokens, concept, recipe, work):
+        self.model, self.tokens, self.concept, self.recipe = model, tokens, concept, recipe
+        self.token, self.kind, self.work = concept.token, kind_of(concept), output_folder(work)
+        word = recipe.init_word or concept.init_word or concept.word
+        with user_errors():
+            if self.token not in tokens:
+                tokens.add(self.token, tokens.initial(word, recipe.vectors), init_word=word)
+        self.vectors, self.losses = tokens[self.token], []
+        self.optimizer = torch.optim.AdamW([self.vectors], lr=recipe.lr * recipe.batch, weight_decay=0.0)
+        self.scaler = grad_scaler(model)
 
+    def run(self, files, out, clip=None, deadline=None):
+        """Learns from the pictures `files`, writes the best step's vectors to the file `out`, and leaves them in
+        `tokens`, ready to use. Returns a line on what was done.
 
-def training_id(model, token, recipe):
-    """What a resumed training must share with the one it goes on from: all but how long it is and how it is judged."""
-    settings = {k: v for k, v in recipe._asdict().items() if k not in ("steps", "validation_pictures", "average")}
-    return {**settings, "token": token, "model": weights_id(model), "precision": str(model.dtype)}
+        With a `deadline` (time.monotonic) and a CLIP, a third of the time goes to choosing.
+        """
+        moments = encode(self.model, files, self.recipe, may_flip(self.concept))
+        stop = deadline
+        if deadline is not None and clip is not None:
+            stop = deadline - (deadline - time.monotonic()) / 3
+        self.learn(Examples(*moments, captions_of(self.concept, self.kind, files)), stop)
+        step, vectors, scores, why = self.choose(files, clip, deadline)
+        self.vectors.data.copy_(vectors)
+        with user_errors():
+            self.tokens.save(out, [self.token], step=step, scores=scores)
+        done, wanted = len(self.losses), self.recipe.steps
+        short = f" (time was out after {done} of {wanted})" if done < wanted else ""
+        numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items())
+        return f"{self.token} ({self.kind}): step {step}{short}, chosen by {why}: {numbers}; wrote {pathlib.Path(out)}"
 
+    # ---------------------------------------------------------------------------- steps
 
-def resume(work, training, vectors, optimizer, scaler):
-    """Restores an interrupted training with the same `training_id`. Returns the losses so far, [] for a new one."""
-    path = work / "state.pt"
-    if not path.is_file():
-        return []
-    state = load_checkpoint(path)
-    changed = ", ".join(k for k, v in training.items() if state["training"].get(k) != v)
-    if changed:
-        raise UserError(f"{path}: of a training with another {changed}; remove {work} to start anew")
-    vectors.data.copy_(state["vectors"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    return state["losses"]
+    def learn(self, examples, deadline=None):
+        """Optimises the vectors; stops at `deadline` (time.monotonic) with everything saved."""
+        self.resume()
+        recipe, losses, first = self.recipe, self.losses, len(self.losses)
+        bar = tqdm(range(first, recipe.steps), f"invert {self.token}", initial=first, total=recipe.steps, unit="step")
+        for step in bar:
+            losses.append(self.optimize(examples, step))
+            bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}")
+            late = deadline is not None and time.monotonic() > deadline
+            if late or len(losses) % recipe.save_every == 0 or len(losses) == recipe.steps:
+                self.save(examples)
+            if recipe.preview_every and len(losses) % recipe.preview_every == 0:
+                pictures = self.draw(examples.captions[0][0], range(4), steps=20, seed=recipe.seed)
+                save_png(image_grid(pictures, columns=2), self.work / f"preview_{len(losses):05d}.png")
+            if late:
+                break
 
+    def optimize(self, examples, step):
+        """One AdamW step; returns its loss. Only the vectors receive gradients: everything else is frozen."""
+        moments, captions, batch = examples.moments, examples.captions, self.recipe.batch
+        draw = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
+        self.optimizer.zero_grad(set_to_none=True)
+        pick = torch.randint(len(moments), (batch,), generator=draw)
+        told = [captions[i * len(captions) // len(moments)] for i in pick.tolist()]
+        which = torch.rand(batch, generator=draw)
+        told = [texts[int(u * len(texts))].format(self.token) for texts, u in zip(told, which)]
+        t = torch.randint(self.model.num_timesteps, (batch,), generator=draw)
+        loss = eps_loss(self.model, moments[pick.to(moments.device)], t, told, draw)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return float(loss.detach())
 
-# -------------------------------------------------------------------------------- choice of a checkpoint
+    def draw(self, template, indices, **settings):
+        """Pictures of a text with {} for the token, as p3_model.generate makes them."""
+        return generate(self.model, template.format(self.token), indices, size=self.recipe.size, **settings)
 
+    def save(self, examples):
+        """step_NNNNN.pt with its held-back loss, losses.csv, and state.pt to resume from."""
+        step, told = len(self.losses), [texts[0].format(self.token) for texts in examples.captions]
+        loss = held_back_loss(self.model, examples.held, told, self.recipe.batch)
+        with user_errors():
+            self.tokens.save(
+                self.work / f"step_{step:05d}.pt", [self.token], step=step, scores={"held_back_loss": loss}
+            )
+        with atomic(self.work / "losses.csv") as temporary:
+            temporary.write_text("step,loss\n" + "".join(f"{i + 1},{x:.6f}\n" for i, x in enumerate(self.losses)))
+        state = {"training": self.identity(), "losses": self.losses, "vectors": self.vectors.detach().cpu()}
+        state.update(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+        save_checkpoint(state, self.work / "state.pt")
 
-def grader_scores(model, token, concept, kind, sources, clip, recipe):
-    """(image score, text score) as the course's grader has them, averaged over validation prompts of our own."""
-    validation, scores = concept.validation, []
-    if not validation:
-        validation = {t: t.format(concept.word) for t in (STYLE_VALIDATION if kind == "style" else OBJECT_VALIDATION)}
-    indices, most = range(recipe.validation_pictures), fitting_batch(model, recipe.size)
-    for template, told in validation.items():
+    def identity(self):
+        """What a resumed training must share with the one it goes on from: all but how long it is and how it is
+        judged."""
+        settings = self.recipe._asdict()
+        for name in ("steps", "validation_pictures", "average"):
+            del settings[name]
+        return {**settings, "token": self.token, "model": weights_id(self.model), "precision": str(self.model.dtype)}
+
+    def resume(self):
+        """Goes on from an interrupted training with the same `identity`, where there is one."""
+        path = self.work / "state.pt"
+        if not path.is_file():
+            return
+        state = load_checkpoint(path)
+        changed = ", ".join(k for k, v in self.identity().items() if state["training"].get(k) != v)
+        if changed:
+            raise UserError(f"{path}: of a training with another {changed}; remove {self.work} to start anew")
+        self.vectors.data.copy_(state["vectors"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.losses = state["losses"]
+
+    # ---------------------------------------------------------------------------- choice of a step
+
+    def saved(self):
+        """[(held-back loss, step, vectors)] of the saved steps, the lowest loss first. With `recipe.average` above 1
+        the vectors are means of saved steps (Polyak and Juditsky 1992), losses are not."""
+        content = [load_checkpoint(path) for path in sorted(self.work.glob("step_*.pt"))]
+        vectors, n = [c[self.token] for c in content], self.recipe.average
+        means = [torch.stack(vectors[max(0, i + 1 - n) : i + 1]).mean(0) for i in range(len(vectors))]
+        saved = [(c["scores"]["held_back_loss"], c["step"], mean) for c, mean in zip(content, means)]
+        return sorted(saved, key=lambda entry: entry[:2])
+
+    def choose(self, files, clip=None, deadline=None):
+        """(step, vectors, scores, by what) of the best saved step: by the grader's score, without a CLIP by the loss.
+
+        With a deadline, steps are scored in the order of their held-back loss until time is out; scores.json keeps
+        them.
+        """
+        saved, path, recipe = self.saved(), self.work / "scores.json", self.recipe
+        if clip is None:
+            loss, step, vectors = saved[0]
+            return step, vectors, {"held_back_loss": loss}, "the lowest eps loss on held-back crops"
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        sources, best = clip.images(files), None
+        for loss, step, vectors in tqdm(saved, desc=f"score {self.token}", unit="checkpoint"):
+            name = f"{clip.name}, {recipe.validation_pictures} pictures, mean of {recipe.average}, step {step}"
+            if name not in known:
+                if best is not None and deadline is not None and time.monotonic() > deadline:
+                    continue
+                self.vectors.data.copy_(vectors)
+                known[name] = self.grade(clip, sources)
+                with atomic(path) as temporary:
+                    temporary.write_text(json.dumps(known))
+            image, text = known[name]
+            if best is None or image + 2.5 * text > best[0]:
+                best = image + 2.5 * text, step, vectors, {"held_back_loss": loss, "image": image, "text": text}
+        return (*best[1:], "the grader's score on validation prompts")
+
+    def grade(self, clip, sources):
+        """(image score, text score) as the course's grader has them, averaged over validation prompts of our own."""
+        validation, scores = self.concept.validation, []
+        if not validation:
+            templates = STYLE_VALIDATION if self.kind == "style" else OBJECT_VALIDATION
+            validation = {t: t.format(self.concept.word) for t in templates}
+        indices, most = range(self.recipe.validation_pictures), fitting_batch(self.model, self.recipe.size)
         parts = [indices[i : i + most] for i in range(0, len(indices), most)]
-        pictures = [generate(model, template.format(token), part, size=recipe.size, seed=1000) for part in parts]
-        pictures = torch.cat(pictures)
-        pictures = clip.images([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures])
-        text = text_scores(clip, pictures, told)
-        scores.append(best_fifth(image_scores(clip, pictures, sources), text))
-    return [sum(s) / len(s) for s in zip(*scores)]
-
-
-def choose(model, tokens, token, concept, kind, files, clip, recipe, work, deadline=None):
-    """(step, vectors, scores, by what) of the best saved step: by the grader's score, without a CLIP by the loss.
-
-    With `recipe.average` above 1 the vectors are means of saved steps (Polyak and Juditsky 1992), losses are not.
-    With a deadline, steps are scored in the order of their held-back loss until time is out; scores.json keeps them.
-    """
-    saved = []
-    for path in sorted(work.glob("step_*.pt")):
-        content = load_checkpoint(path)
-        saved.append((content["scores"]["held_back_loss"], content["step"], content[token]))
-    vectors = [v for *_, v in saved]
-    means = [torch.stack(vectors[max(0, i + 1 - recipe.average) : i + 1]).mean(0) for i in range(len(saved))]
-    saved = [(loss, step, mean) for (loss, step, _), mean in zip(saved, means)]
-    saved.sort(key=lambda entry: entry[:2])
-    if clip is None:
-        loss, step, vectors = saved[0]
-        return step, vectors, {"held_back_loss": loss}, "the lowest eps loss on held-back crops"
-    known = json.loads((work / "scores.json").read_text()) if (work / "scores.json").is_file() else {}
-    sources, best = clip.images(files), None
-    for loss, step, vectors in tqdm(saved, desc=f"score {token}", unit="checkpoint"):
-        name = f"{clip.name}, {recipe.validation_pictures} pictures, mean of {recipe.average}, step {step}"
-        if name not in known:
-            if best is not None and deadline is not None and time.monotonic() > deadline:
-                continue
-            tokens[token].data.copy_(vectors)
-            known[name] = grader_scores(model, token, concept, kind, sources, clip, recipe)
-            with atomic(work / "scores.json") as temporary:
-                temporary.write_text(json.dumps(known))
-        image, text = known[name]
-        if best is None or image + 2.5 * text > best[0]:
-            best = image + 2.5 * text, step, vectors, {"held_back_loss": loss, "image": image, "text": text}
-    return (*best[1:], "the grader's score on validation prompts")
-
-
-# -------------------------------------------------------------------------------- all of it
-
-
-def invert(model, tokens, concept, files, recipe, out, work, clip=None, deadline=None):
-    """Learns the token of `concept` from the pictures `files` and writes the best step's vectors to the file `out`.
-
-    `work` is the folder of steps, previews and the state to resume from. With a `deadline` (time.monotonic) and a CLIP,
-    a third of the time goes to choosing. The token stays in `tokens`, ready to use. Returns a line on what was done.
-    """
-    token, work = concept.token, output_folder(work)
-    kind = kind_of(concept) if recipe.kind == "auto" else recipe.kind
-    flip = may_flip(concept) if recipe.flip == "auto" else recipe.flip == "on"
-    word = recipe.init_word or concept.init_word or concept.word
-    with user_errors():
-        if token not in tokens:
-            tokens.add(token, tokens.initial(word, recipe.vectors), init_word=word)
-    moments, held = cache_moments(model, files, recipe, flip)
-    captions = captions_of(concept, kind, files)
-    stop = deadline
-    if deadline is not None and clip is not None:
-        stop = deadline - (deadline - time.monotonic()) / 3
-    steps = train(model, tokens, token, moments, held, captions, recipe, work, stop)
-    step, vectors, scores, why = choose(model, tokens, token, concept, kind, files, clip, recipe, work, deadline)
-    tokens[token].data.copy_(vectors)
-    with user_errors():
-        tokens.save(out, [token], step=step, scores=scores)
-    short = f" (time was out after {steps} of {recipe.steps})" if steps < recipe.steps else ""
-    numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items())
-    return f"{token} ({kind}): step {step}{short}, chosen by {why}: {numbers}; wrote {pathlib.Path(out)}"
+        for template, told in validation.items():
+            pictures = torch.cat([self.draw(template, part, seed=1000) for part in parts])
+            pictures = clip.images([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures])
+            text = text_scores(clip, pictures, told)
+            scores.append(best_fifth(image_scores(clip, pictures, sources), text))
+        return [sum(s) / len(s) for s in zip(*scores)]

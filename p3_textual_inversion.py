@@ -15,7 +15,7 @@ import time
 
 from p3_clip import load_clip
 from p3_concepts import image_files, read_concepts
-from p3_invert import Recipe, invert
+from p3_invert import Inversion, Recipe
 from p3_model import add_model_options, check_size, embedding_path, learned_tokens, load_stable_diffusion, own_size
 from utils import UserError, add_device_options, cli, output_folder, pick_device, pick_precision
 
@@ -23,45 +23,36 @@ from utils import UserError, add_device_options, cli, output_folder, pick_device
 def arguments():
     default = Recipe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", default="hw2_data/textual_inversion/input.json")
-    parser.add_argument("--data", default="hw2_data/textual_inversion", help="source images, in {source}/*.jpg")
-    parser.add_argument("--ckpt", default="stable-diffusion/ldm/models/stable-diffusion-v1/model.ckpt")
-    parser.add_argument("--out", default="embeddings", help="folder of the embeddings (default: embeddings)")
-    parser.add_argument("--work", default="runs/textual_inversion", help="steps and previews; resumed if there")
-    parser.add_argument("--only", nargs="+", metavar="SOURCE", help="only these entries of the JSON, as in --only 0")
-    parser.add_argument("--clip", help="name, folder, file, or none (default: ViT-B/32, if it can be had)")
-    parser.add_argument("--max-time", type=float, metavar="MINUTES", help="for everything, the choice included")
-    parser.add_argument("--steps", type=int, default=default.steps)
-    parser.add_argument("--batch-size", type=int, default=default.batch, dest="batch")
-    parser.add_argument("--accumulate", type=int, default=default.accumulate, help="batches a step")
-    parser.add_argument("--lr", type=float, default=default.lr, help="of one picture; scaled by their number a step")
-    parser.add_argument("--vectors", type=int, default=default.vectors, help="vectors a token (default: 1)")
-    parser.add_argument("--init-word", default="", help='words to start from, say "corgi" (default: the JSON\'s)')
-    parser.add_argument("--kind", default=default.kind, choices=["auto", "object", "style"], help="of the captions")
-    parser.add_argument("--flip", default=default.flip, choices=["auto", "on", "off"], help="mirror every other crop")
-    parser.add_argument("--crops", type=int, default=default.crops, help="random crops a picture")
-    parser.add_argument("--norm-pull", type=float, default=default.norm_pull, help="toward the mean norm, a step")
-    parser.add_argument("--save-every", type=int, default=default.save_every)
-    parser.add_argument("--preview-every", type=int, default=default.preview_every, help="0: no previews")
-    parser.add_argument(
+    option = parser.add_argument
+    option("--json", default="hw2_data/textual_inversion/input.json")
+    option("--data", default="hw2_data/textual_inversion", help="source images, in {source}/*.jpg")
+    option("--ckpt", default="stable-diffusion/ldm/models/stable-diffusion-v1/model.ckpt")
+    option("--out", default="embeddings", help="folder of the embeddings (default: embeddings)")
+    option("--work", default="runs/textual_inversion", help="steps and previews; resumed if there")
+    option("--only", nargs="+", metavar="SOURCE", help="only these entries of the JSON, as in --only 0")
+    option("--clip", help="name, folder, file, or none (default: ViT-B/32, if it can be had)")
+    option("--max-time", type=float, metavar="MINUTES", help="for everything, the choice included")
+    option("--steps", type=int, default=default.steps)
+    option("--batch-size", type=int, default=default.batch, dest="batch")
+    option("--lr", type=float, default=default.lr, help="of one picture; scaled by their number a step")
+    option("--vectors", type=int, default=default.vectors, help="vectors a token (default: 1)")
+    option("--init-word", default="", help='words to start from, say "corgi" (default: the JSON\'s)')
+    option("--crops", type=int, default=default.crops, help="random crops a picture")
+    option("--save-every", type=int, default=default.save_every)
+    option("--preview-every", type=int, default=default.preview_every, help="0: no previews")
+    option(
         "--validation-pictures",
         type=int,
         default=default.validation_pictures,
         metavar="N",
-        help="of each prompt that steps are chosen on (default: 5; the grader draws 25)",
+        help="of each prompt that steps are chosen on",
     )
-    parser.add_argument(
-        "--average",
-        type=int,
-        default=default.average,
-        metavar="N",
-        help="means of N saved steps to choose from (default: 1, the steps themselves)",
-    )
+    option("--average", type=int, default=default.average, metavar="N", help="means of N saved steps to choose from")
     add_model_options(parser)
     add_device_options(parser)
     args = parser.parse_args()
     check_size(args.size)
-    for name in ("steps", "batch", "accumulate", "vectors", "crops", "save_every", "validation_pictures", "average"):
+    for name in ("steps", "batch", "vectors", "crops", "save_every", "validation_pictures", "average"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: take 1 or more")
     return args
@@ -111,7 +102,7 @@ def main():
         path = embedding_path(out, concept.token)
         work = pathlib.Path(args.work) / path.stem
         try:
-            done.append(invert(model, tokens, concept, files, recipe, path, work, clip, deadline))
+            done.append(Inversion(model, tokens, concept, recipe, work).run(files, path, clip, deadline))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; the same line goes on from {work}") from None
     print("\n".join(done))
