@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import UserError, load_checkpoint, load_weights
+from utils import UserError, load_checkpoint, load_weights, to_float
 
 
 class LeNet(nn.Module):
@@ -77,5 +77,5 @@ def predict(model, images, batch_size=250):
     """The likeliest digit of uint8 images [N, 3, 28, 28], normalised to mean 0.5 and deviation 0.5 as the course
     does: int64 [N]."""
     device = next(model.parameters()).device
-    batches = [batch.to(device).float() / 127.5 - 1 for batch in images.split(batch_size)]
+    batches = [to_float(batch.to(device)) for batch in images.split(batch_size)]
     return torch.cat([model(batch).argmax(1).cpu() for batch in batches])

@@ -38,6 +38,7 @@ from utils import (
     reuse_freed_memory,
     save_checkpoint,
     seed_everything,
+    to_float,
     whole,
 )
 
@@ -144,7 +145,7 @@ def train(args, device, dtype):
     for _ in bar:
         model.train()
         for rows in torch.randperm(len(labels)).split(args.batch_size)[: len(labels) // args.batch_size]:
-            x = augment(images[rows].to(device).float() / 127.5 - 1, strong=net is DigitResNet)
+            x = augment(to_float(images[rows].to(device)), strong=net is DigitResNet)
             with autocast(device, dtype):
                 logits = model(x.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=0.1)

@@ -9,6 +9,7 @@ digits; copy it to checkpoints/p1_unet.pt), last.pt (those of the last epoch), s
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import sys
@@ -17,13 +18,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging
 
 from classifiers import load_classifier, predict
 from diffusion import run, schedule, training_loss
 from digits import DOMAINS, BalancedDigits
 from p1_model import NO_DIGIT, DigitUNet, eps_model_for, reverse_process
-from train_common import add_training_options, fit, lightning_trainer, warmup_cosine
+from train_common import Keep, add_training_options, fit, lightning_trainer, warmup_cosine
 from utils import (
     Parser,
     autocast,
@@ -33,8 +33,8 @@ from utils import (
     noise_stream,
     output_folder,
     real,
-    save_checkpoint,
     save_png,
+    to_float,
     to_uint8,
     whole,
 )
@@ -55,15 +55,9 @@ class DigitDiffusion(pl.LightningModule):
 
     def loss(self, batch, digit, **fixed):
         images, _, domain = batch
-        x_0 = images.float() / 127.5 - 1
-        return training_loss(
-            lambda x_t, t: self.model(x_t, t, digit, domain),
-            x_0,
-            self.alpha_bar,
-            self.config["objective"],
-            self.config["min_snr"],
-            **fixed,
-        )
+        objective, min_snr = self.config["objective"], self.config["min_snr"]
+        network = functools.partial(self.model, digit=digit, domain=domain)
+        return training_loss(network, to_float(images), self.alpha_bar, objective, min_snr, **fixed)
 
     def training_step(self, batch, _):
         digit = batch[1].masked_fill(torch.rand(len(batch[1]), device=self.device) < self.drop, NO_DIGIT)
@@ -78,6 +72,9 @@ class DigitDiffusion(pl.LightningModule):
         loss = self.loss(batch, batch[1], t=t, eps=eps)
         for d, name in enumerate(DOMAINS):
             self.log(f"val_loss_{name}", loss[batch[2] == d].mean(), sync_dist=True)
+
+    def shipped(self):
+        return {"state_dict": half(self.model.state_dict()), "config": self.config}
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -96,19 +93,16 @@ def draw(module, digit, domain, bf16):
     return torch.cat(images)
 
 
-class Samples(pl.Callback):
-    """After every epoch, with the EMA weights: a picture of samples, the accuracy of their digits, and the weights
-    themselves.
+class Samples(Keep):
+    """Judges the digits of samples, a picture of which it saves."""
 
-    It must stand before the EMA callback, which puts the training weights back at the end of the validation.
-    """
+    score = "accuracy"
 
     def __init__(self, out, classifiers):
-        self.out, self.classifiers, self.best = out, classifiers, -1.0
+        super().__init__(out)
+        self.classifiers = classifiers
 
-    def on_validation_epoch_end(self, trainer, module):
-        if not trainer.is_global_zero:
-            return
+    def evaluate(self, trainer, module):
         pair = torch.arange(200) // 10
         images = draw(module, pair % 10, pair // 10, trainer.precision == "bf16-mixed")
         save_png(image_grid(images, 20), self.out / "samples" / f"{trainer.global_step:07d}.png")
@@ -116,31 +110,7 @@ class Samples(pl.Callback):
             (predict(judge, images[pair // 10 == d]) == pair[pair // 10 == d] % 10).float().mean().item()
             for d, judge in enumerate(self.classifiers)
         ]
-        metrics = {f"accuracy_{name}": a for name, a in zip(DOMAINS, right)}
-        metrics["accuracy"] = sum(right) / 2
-        for name, value in metrics.items():
-            module.log(name, value, rank_zero_only=True)
-        self.save(trainer, module, metrics)
-
-    def save(self, trainer, module, metrics):
-        """last.pt always, best.pt where the accuracy is the highest so far (the later one of equals)."""
-        losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_loss")}
-        checkpoint = {
-            "state_dict": half(module.model.state_dict()),
-            "config": module.config,
-            "step": trainer.global_step,
-            "metrics": {**metrics, **losses},
-        }
-        save_checkpoint(checkpoint, self.out / "last.pt")
-        if metrics["accuracy"] >= self.best:
-            self.best = metrics["accuracy"]
-            save_checkpoint(checkpoint, self.out / "best.pt")
-
-    def state_dict(self):
-        return {"best": self.best}
-
-    def load_state_dict(self, state):
-        self.best = state["best"]
+        return {**{f"accuracy_{name}": a for name, a in zip(DOMAINS, right)}, "accuracy": sum(right) / 2}
 
 
 def parse(argv):
@@ -176,8 +146,7 @@ def main(argv=None):
     out = output_folder(args.out)
     output_folder(out / "samples")
     module = DigitDiffusion(config, args.lr, args.steps, args.warmup, args.drop)
-    ema = EMAWeightAveraging(decay=args.ema, update_starting_at_step=args.warmup)
-    trainer = lightning_trainer(args, [Samples(out, classifiers), ema])
+    trainer = lightning_trainer(args, [Samples(out, classifiers)])
     fit(args, trainer, module, train, val)
     if trainer.is_global_zero:
         print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,best.pt,last.pt,samples/}}")

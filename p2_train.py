@@ -19,13 +19,11 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image, ImageOps
-from pytorch_lightning.callbacks import EMAWeightAveraging
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from diffusion import ddim, run, schedule, timesteps, training_loss
 from digits import is_validation
-from train_common import add_training_options, fit, lightning_trainer, warmup_cosine
+from train_common import Batches, Keep, add_training_options, fit, lightning_trainer, warmup_cosine
 from UNet import UNet, norm_groups
 from utils import (
     Parser,
@@ -38,8 +36,8 @@ from utils import (
     open_image,
     output_folder,
     real,
-    save_checkpoint,
     save_png,
+    to_float,
     to_uint8,
     whole,
 )
@@ -57,7 +55,7 @@ class FaceDiffusion(pl.LightningModule):
         self.model = UNet(config["channel"]).to(memory_format=torch.channels_last)
 
     def loss(self, images, **fixed):
-        x_0 = images.float() / 127.5 - 1
+        x_0 = to_float(images)
         return training_loss(self.model, x_0, self.alpha_bar, min_snr=self.config["min_snr"], **fixed).mean()
 
     def training_step(self, images, _):
@@ -72,52 +70,26 @@ class FaceDiffusion(pl.LightningModule):
         eps = torch.randn(images.shape, generator=noise).to(self.device)
         self.log("val_loss", self.loss(images, t=t, eps=eps), sync_dist=True)
 
+    def shipped(self):
+        state_dict = self.model.state_dict()
+        frequencies = {"time.0.inv_freq": state_dict["time.0.inv_freq"].cpu()}  # rounded, they would move t
+        return {"state_dict": {**half(state_dict), **frequencies}, "config": self.config}
+
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.99), weight_decay=0.01)
         return warmup_cosine(optimizer, self.total_steps, self.warmup)
 
 
-class Samples(pl.Callback):
-    """After every epoch, with the EMA weights: a picture of 16 faces (DDIM, 50 steps, fixed noise), and the weights.
+class Samples(Keep):
+    """Saves a picture of 16 faces: DDIM, 50 steps, fixed noise."""
 
-    It must stand before the EMA callback, which puts the training weights back at the end of the validation.
-    """
-
-    def __init__(self, out):
-        self.out = out
-
-    def on_validation_epoch_end(self, trainer, module):
-        if not trainer.is_global_zero:
-            return
+    def evaluate(self, trainer, module):
         size = module.config["size"]
         noise = noise_stream(0, range(16), (3, size, size), module.device)
         with autocast(module.device, torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32):
             x = run(ddim(module.model, noise(), module.alpha_bar, timesteps(1000, 50, "course")))
         save_png(image_grid(to_uint8(x).cpu(), 8), self.out / "samples" / f"{trainer.global_step:07d}.png")
-        state_dict = module.model.state_dict()
-        frequencies = {"time.0.inv_freq": state_dict["time.0.inv_freq"].cpu()}  # rounded, they would move t
-        checkpoint = {
-            "state_dict": {**half(state_dict), **frequencies},
-            "config": module.config,
-            "step": trainer.global_step,
-            "metrics": {"val_loss": float(trainer.callback_metrics["val_loss"])},
-        }
-        save_checkpoint(checkpoint, self.out / "last.pt")
-
-
-class Faces(Dataset):
-    """Item i is picture i, uint8 [3, S, S], or any one where `drawn`; a list of items gives a batch. `length` items are
-    an epoch."""
-
-    def __init__(self, images, drawn=False):
-        self.images, self.length, self.drawn = images, len(images), drawn
-
-    def __len__(self):
-        return self.length
-
-    def __getitems__(self, indices):
-        rows = torch.randint(len(self.images), (len(indices),)) if self.drawn else torch.tensor(indices)
-        return self.images[rows]
+        return {}
 
 
 def read_faces(folder, size):
@@ -170,9 +142,9 @@ def main(argv=None):
     config = {"channel": args.channel, "size": args.size, "min_snr": args.min_snr or None}
     pl.seed_everything(args.seed, verbose=False)
     module = FaceDiffusion(config, args.lr, args.steps, args.warmup)
-    ema = EMAWeightAveraging(decay=args.ema, update_starting_at_step=args.warmup)
-    trainer = lightning_trainer(args, [Samples(out), ema])
-    fit(args, trainer, module, Faces(train, drawn=True), Faces(val))
+    trainer = lightning_trainer(args, [Samples(out)])
+    drawn = Batches(len(train), lambda rows: train[torch.randint(len(train), (len(rows),))])
+    fit(args, trainer, module, drawn, Batches(len(val), val.__getitem__))
     if trainer.is_global_zero:
         print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,last.pt,samples/}}")
 

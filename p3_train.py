@@ -23,7 +23,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import p3_model  # isort: skip  (it puts ldm on the path)
@@ -297,8 +296,6 @@ def run(module, train, val):
         callbacks.append(EagerValidation())
         for network in module.compiled:
             network.compile(dynamic=False)
-    if args.ema:
-        callbacks.append(EMAWeightAveraging(decay=args.ema, update_starting_at_step=args.warmup))
     trainer = lightning_trainer(args, callbacks)
     # on a CPU, the backward pass of scaled_dot_product_attention's default is slower than that of plain products
     with sdpa_kernel([SDPBackend.MATH] if trainer.strategy.root_device.type == "cpu" else list(ATTENTION)):

@@ -9,7 +9,7 @@ import re
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader, Dataset
@@ -76,6 +76,38 @@ class SeedEpochs(pl.Callback):
         torch.manual_seed(self.seed + 1000 * trainer.current_epoch + trainer.global_rank)
 
 
+class Keep(pl.Callback):
+    """After every epoch, with the averaged weights: last.pt, and best.pt where the metric `score` is the highest so
+    far (the later one of equals). Both are module.shipped(), {"state_dict", "config"}, with step and metrics.
+
+    A subclass gives evaluate(trainer, module) -> {metric: number}. lightning_trainer puts it before the averaging,
+    which takes the training weights back at the end of the validation.
+    """
+
+    score = None
+
+    def __init__(self, out):
+        self.out, self.best = pathlib.Path(out), -math.inf
+
+    def on_validation_epoch_end(self, trainer, module):
+        if not trainer.is_global_zero:
+            return
+        metrics = self.evaluate(trainer, module)
+        module.log_dict(metrics, rank_zero_only=True)
+        losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_loss")}
+        checkpoint = {**module.shipped(), "step": trainer.global_step, "metrics": {**metrics, **losses}}
+        save_checkpoint(checkpoint, self.out / "last.pt")
+        if self.score and metrics[self.score] >= self.best:
+            self.best = metrics[self.score]
+            save_checkpoint(checkpoint, self.out / "best.pt")
+
+    def state_dict(self):
+        return {"best": self.best}
+
+    def load_state_dict(self, state):
+        self.best = state["best"]
+
+
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes beside the final name and renames: a full disk or a kill leaves the last.ckpt before it as it was."""
 
@@ -98,7 +130,8 @@ class Batches(Dataset):
 
 
 def lightning_trainer(args, callbacks):
-    """A Trainer for the options above. Sets args.resume_from to the run's last.ckpt where there is one.
+    """A Trainer for the options above. After `callbacks` the weights are averaged by args.ema, where it is set and none
+    of them does that. Sets args.resume_from to the run's last.ckpt where there is one.
 
     --steps must be a multiple of --epoch-steps, since checkpoints and samples are made at the end of epochs.
     """
@@ -114,6 +147,8 @@ def lightning_trainer(args, callbacks):
     dtype = pick_precision(args.precision, device)
     if args.precision == "auto" and device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if args.ema and not any(isinstance(c, EMAWeightAveraging) for c in callbacks):
+        callbacks = [*callbacks, EMAWeightAveraging(decay=args.ema, update_starting_at_step=args.warmup)]
     loggers = [CSVLogger(out, name="csv")]
     if args.logger == "wandb":
         try:
