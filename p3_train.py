@@ -23,6 +23,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import p3_model  # isort: skip  (it puts ldm on the path)
@@ -32,7 +34,19 @@ from diffusion import training_loss
 from p3_clip import MEAN, STD, openai_clip, save_clip, transformers_names
 from p3_pictures import CAPTIONS, SHARES, Pictures, Words, cache_conditionings, cache_latents, moved
 from train_common import Batches, add_run_options, fit, lightning_trainer, warmup_cosine
-from utils import cli, half, image_grid, load_checkpoint, output_folder, save_checkpoint, save_png, to_float, to_uint8
+from utils import (
+    Parser,
+    UserError,
+    cli,
+    half,
+    image_grid,
+    load_checkpoint,
+    output_folder,
+    save_checkpoint,
+    save_png,
+    to_float,
+    to_uint8,
+)
 
 ATTENTION = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
@@ -309,7 +323,7 @@ def run(module, train, val):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     option = parser.add_argument
     option("--data", default="hw2_data/emoji", help="folder of emoji.npz and emoji.json")
     option("--config", default=str(CONFIGS["tiny"]), help="the model's YAML, with its `training`")
@@ -331,12 +345,14 @@ def stage_args(args, training, name, begin):
 
 @cli
 def main(argv=None):
-    from omegaconf import OmegaConf
-
     args, begin = parse(argv), datetime.datetime.now()
     with p3_model.user_errors():
         config = read_config(args.config)
-    training = OmegaConf.to_container(OmegaConf.merge(config.training, OmegaConf.from_dotlist(args.set)))
+    OmegaConf.set_struct(config, True)
+    try:
+        training = OmegaConf.to_container(OmegaConf.merge(config.training, OmegaConf.from_dotlist(args.set)))
+    except (OmegaConfBaseException, AttributeError) as e:
+        raise UserError(f"--set: not of the `training` of {args.config} ({str(e).splitlines()[0]})") from None
     pictures, out = Pictures(args.data), output_folder(args.out)
     for name, (result, train) in STAGES.items():
         if not (out / result).is_file():
