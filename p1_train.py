@@ -119,8 +119,6 @@ def parse(argv):
     option("--data", default="hw2_data/digits", help="folder with mnistm/ and svhn/")
     option("--channels", type=whole(16, 1024, 16), default=64, help="at 14x14 (default: 64)")
     option("--deep", type=whole(64, 1024, 64), default=192, help="channels at 7x7 (default: 192)")
-    option("--objective", choices=["eps", "v"], default="v")
-    option("--schedule", choices=["linear", "cosine"], default="cosine")
     option("--min-snr", type=real(0), default=5.0, help="gamma of the min-SNR loss weight; 0 = none (default: 5)")
     option("--drop", type=real(0, 1), default=0.15, help="how often the digit is dropped (default: 0.15)")
     judges = [str(CHECKPOINTS / f"{name}_classifier.pth") for name in DOMAINS]
@@ -132,14 +130,8 @@ def parse(argv):
 @cli
 def main(argv=None):
     args = parse(argv)
-    config = {
-        "channels": args.channels,
-        "deep": args.deep,
-        "T": 1000,
-        "schedule": args.schedule,
-        "objective": args.objective,
-        "min_snr": args.min_snr or None,
-    }
+    config = {"channels": args.channels, "deep": args.deep, "T": 1000, "schedule": "cosine", "objective": "v"}
+    config["min_snr"] = args.min_snr or None
     train, val = (BalancedDigits(args.data, split, length=2000) for split in ("train", "val"))
     pl.seed_everything(args.seed, verbose=False)
     classifiers = [load_classifier(c) for c in args.classifiers]

@@ -6,6 +6,7 @@ import datetime
 import math
 import pathlib
 import re
+import warnings
 
 import pytorch_lightning as pl
 import torch
@@ -27,7 +28,6 @@ def add_run_options(parser, out):
     option("--warmup", type=whole(0), default=200, help="steps of rising learning rate (default: 200)")
     option("--max-epochs", type=whole(), help="stop after this epoch, with a resumable checkpoint")
     option("--max-time", type=duration, metavar="DD:HH:MM:SS", help="stop then, with a resumable checkpoint")
-    option("--logger", choices=["tensorboard", "wandb"], default="tensorboard", help="beside the csv")
     add_device_options(parser)
 
 
@@ -149,16 +149,8 @@ def lightning_trainer(args, callbacks):
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if args.ema and not any(isinstance(c, EMAWeightAveraging) for c in callbacks):
         callbacks = [*callbacks, EMAWeightAveraging(decay=args.ema, update_starting_at_step=args.warmup)]
-    loggers = [CSVLogger(out, name="csv")]
-    if args.logger == "wandb":
-        try:
-            from pytorch_lightning.loggers import WandbLogger
-
-            loggers.append(WandbLogger(project="dlcv-hw2", save_dir=out))
-        except ModuleNotFoundError:
-            raise UserError("--logger wandb: the package is not installed; `pip install wandb`") from None
-    else:
-        loggers.append(TensorBoardLogger(out, name="tensorboard"))
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # so a run resumes
+    warnings.filterwarnings("ignore", ".*does not have many workers")  # batches come from memory
     return pl.Trainer(
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=args.devices if device.index is None else [device.index],
@@ -168,7 +160,7 @@ def lightning_trainer(args, callbacks):
         max_epochs=args.max_epochs or -1,
         max_time=args.max_time,
         gradient_clip_val=1.0,
-        logger=loggers,
+        logger=[CSVLogger(out, name="csv"), TensorBoardLogger(out, name="tensorboard")],
         plugins=[WholeCheckpoints()],
         default_root_dir=out,
         callbacks=[
@@ -177,7 +169,7 @@ def lightning_trainer(args, callbacks):
             ModelCheckpoint(out, "last", enable_version_counter=False, save_on_train_epoch_end=True),
         ],
         num_sanity_val_steps=0,
-        log_every_n_steps=20,
+        log_every_n_steps=min(20, args.epoch_steps),
         enable_model_summary=False,
     )
 

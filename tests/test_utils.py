@@ -2,14 +2,13 @@
 
 import os
 import pickle
-import subprocess
 import sys
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, script
 from PIL import Image
 
 import utils
@@ -214,12 +213,9 @@ def test_scripts_end_with_one_line_and_exit_code_2(capsys, error, line):
     assert e.value.code == 2 and capsys.readouterr().err.strip() == line
 
 
-SCRIPTS = [p.name for p in ROOT.glob("*.py") if "__main__" in p.read_text()]
-
-
-@pytest.mark.parametrize("script", sorted(SCRIPTS))
-def test_every_script_shows_its_help(script):
-    if script.endswith("_train.py"):
+@pytest.mark.parametrize("name", sorted(p.name for p in ROOT.glob("*.py") if "__main__" in p.read_text()))
+def test_every_script_shows_its_help(name):
+    if name.endswith("_train.py"):
         pytest.importorskip("pytorch_lightning")
-    shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=120)
-    assert shown.returncode == 0 and "--seed" in shown.stdout and "--precision" in shown.stdout
+    shown = script(name, "--help").stdout
+    assert "--seed" in shown and "--precision" in shown
