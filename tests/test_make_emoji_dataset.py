@@ -161,10 +161,18 @@ def test_every_dog_of_the_table_is_held_back_and_no_other_caption_says_the_word(
     assert dogs == set(tool.DOGS) <= set(tool.HELD_BACK) <= set(table)
 
 
-def test_no_name_of_the_table_stands_for_two_subjects():
+def test_no_phrase_and_no_name_of_the_table_stands_for_two_subjects():
     table = json.loads((ROOT / "tools" / "emoji_subjects.json").read_text(encoding="utf-8"))
-    phrases, names = [words[0] for words in table.values()], [n for words in table.values() for n in words[1:]]
-    assert len(set(phrases)) == len(phrases) and len(set(names)) == len(names)
+    names = [n for words in table.values() for n in words[1:] if not n.endswith(":-")]
+    assert len({words[0] for words in table.values()}) == len(table) and len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("names, found", [(["a", "b"], "a"), (["a", "x:b"], "b"), (["a", "x:-"], None), (["c"], None)])
+def test_a_set_may_have_a_name_of_its_own_for_a_subject_or_none(names, found):
+    icon = tool.icon_of(
+        {"prefix": "x", "icons": {"a": {"body": "a"}, "b": {"body": "b"}}, "width": 1, "height": 1}, names
+    )
+    assert found == (icon and icon["body"])
 
 
 def test_one_in_twenty_coloured_pairs_validates_and_its_subject_is_seen_in_other_sets():

@@ -106,11 +106,11 @@ def read_package(path):
 
 
 def icon_of(content, names):
-    """The first of the named icons that a set has, else None; a name "set:icon" counts in that set alone."""
-    for name in names:
-        where, _, icon = name.rpartition(":")
-        if where in ("", content["prefix"]) and icon in content["icons"]:
-            return {"width": content["width"], "height": content["height"], **content["icons"][icon]}
+    """The first of the named icons that a set has, else None; "set:icon" is the only one for its set, "set:-" none."""
+    own = [name.split(":")[1] for name in names if name.startswith(content["prefix"] + ":")]
+    for name in own or names:
+        if name in content["icons"]:
+            return {"width": content["width"], "height": content["height"], **content["icons"][name]}
 
 
 def render(icon):
