@@ -25,14 +25,27 @@ UP = "R4 R4 R4 U4  A4 A4 A4 U4  R2 R2 R2 U2  R2 R2 R2 U2  R1 R1 R1 U1  R1 R1 R1"
 #     8x8          16x16        32x32        64x64        128x128      256x256
 
 
-class UNet(nn.Module):
-    """x_t [B, 3, H, W] and t int64 [B] -> the predicted noise eps [B, 3, H, W].
+# fmt: off
+COURSE = {  # the course's constructor arguments, with the values of UNet.pt
+    "in_channel": 3, "channel_multiplier": [1, 1, 2, 2, 4, 4], "n_res_blocks": 2, "attn_strides": [16], "attn_heads": 1,
+    "use_affine_time": False, "dropout": 0, "fold": 1,
+}
+# fmt: on
 
-    `channel` is the width of the largest map, a multiple of 16 (or 4, 8, 12); 128 is the course's network.
+
+class UNet(nn.Module):
+    """x_t [B, 3, H, W] and time int64 [B] -> the predicted noise eps [B, 3, H, W].
+
+    `channel` is the width of the largest map, a multiple of 16 (or 4, 8, 12); 128 is the course's network. Its further
+    arguments (see COURSE) may only have the values that the weights of UNet.pt are for.
     """
 
-    def __init__(self, channel=128):
+    def __init__(self, in_channel=3, channel=128, **course):
         super().__init__()
+        for name, value in {"in_channel": in_channel, **course}.items():
+            known = value if name not in COURSE else COURSE[name]
+            if name not in COURSE or (list(value) if isinstance(known, list) else value) != known:
+                raise ValueError(f"UNet: {name}={value!r} is not the architecture of UNet.pt, the only one here")
         groups, c_time = norm_groups(channel), 4 * channel
         self.time = nn.Sequential(
             TimeEmbedding(channel), nn.Linear(channel, c_time), nn.SiLU(), nn.Linear(c_time, c_time)
@@ -59,10 +72,10 @@ class UNet(nn.Module):
         self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1))
         _zero(self.out[2])
 
-    def forward(self, x, t):
+    def forward(self, x, time):
         if x.shape[-1] % 32 or x.shape[-2] % 32:
             raise ValueError(f"a picture of {x.shape[-2]}x{x.shape[-1]}: height and width must be multiples of 32")
-        emb = self.time[1:](self.time[0](t).to(x.dtype))  # [B, 4 channel]
+        emb = self.time[1:](self.time[0](time).to(x.dtype))  # [B, 4 channel]
         skips = []
         for name in self.path:
             layer = getattr(self, name)
@@ -181,7 +194,7 @@ def load_unet(path):
     try:
         if tuple(stem.shape[1:]) != (3, 3, 3) or len(stem) > 512:
             raise ValueError("it must be [up to 512, 3, 3, 3]")
-        unet = UNet(len(stem))
+        unet = UNet(channel=len(stem))
     except ValueError as e:
         raise UserError(f"{path}: no down1.weight of the face network ({e}); it is of another network") from None
     return load_weights(unet, state_dict, path).eval()

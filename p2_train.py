@@ -52,7 +52,7 @@ class FaceDiffusion(pl.LightningModule):
         super().__init__()
         self.config, self.lr, self.total_steps, self.warmup = config, lr, total_steps, warmup
         self.alpha_bar = schedule("linear", 1000)  # what p2_ddim.py samples with
-        self.model = UNet(config["channel"]).to(memory_format=torch.channels_last)
+        self.model = UNet(channel=config["channel"]).to(memory_format=torch.channels_last)
 
     def loss(self, images, **fixed):
         x_0 = to_float(images)

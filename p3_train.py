@@ -251,7 +251,7 @@ def packed(model, name, ids, step, metrics):
     """The checkpoint: half precision, the words `ids` alone, the config by its name, the schedule left to it."""
     state = {k: v for k, v in half(model.state_dict()).items() if k not in model.schedule_names}
     state.update({TABLE: state[TABLE][ids], "known_words": ids})
-    return {"state_dict": state, "config": name, "step": step, "metrics": metrics}
+    return {"state_dict": state, "config": name, "step": step, "global_step": step, "metrics": metrics}
 
 
 def train_diffusion(args, config, pictures):

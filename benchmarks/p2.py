@@ -153,7 +153,7 @@ def work(args):
 def random_weights(channel, path):
     """A network whose layers all do something: variance 1 / fan in, and an eps so small that 50 steps stay stable."""
     torch.manual_seed(0)
-    unet = room.UNet(channel)
+    unet = room.UNet(channel=channel)
     for parameter in unet.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)

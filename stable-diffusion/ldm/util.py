@@ -12,6 +12,8 @@ import pathlib
 import torch
 from torch import nn
 
+from ldm.compat import count_params, default, exists  # noqa: F401  where CompVis's code has them
+
 CONFIGS = {path.stem: path for path in pathlib.Path(__file__).resolve().parents[1].glob("configs/*/*.yaml")}
 
 

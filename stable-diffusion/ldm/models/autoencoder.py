@@ -24,7 +24,7 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
-        z_channels = ddconfig["z_channels"]
+        self.embed_dim, z_channels = embed_dim, ddconfig["z_channels"]
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         self.factor = 2 ** (len(ddconfig["ch_mult"]) - 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,24 +26,25 @@ def sliced_attention(q, k, v, scores=SCORES):
     return torch.cat([(part @ k).softmax(dim=-1).to(v.dtype) @ v for part in q.split(rows, dim=2)], dim=2)
 
 
+def named(**layers):
+    """Layers in a row, under the names that checkpoints have."""
+    return nn.Sequential(OrderedDict(layers))
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention of x [B, N, C] to context [B, M, context_dim], or to x itself where there is none."""
 
     def __init__(self, query_dim, context_dim=None, heads=8, dim_head=64, dropout=0.0):
         super().__init__()
-        context_dim = query_dim if context_dim is None else context_dim
-        self.heads = heads
-        self.to_q = nn.Linear(query_dim, heads * dim_head, bias=False)
-        self.to_k = nn.Linear(context_dim, heads * dim_head, bias=False)
-        self.to_v = nn.Linear(context_dim, heads * dim_head, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, query_dim), nn.Dropout(dropout))
+        self.heads, inner, context_dim = heads, heads * dim_head, query_dim if context_dim is None else context_dim
+        widths = query_dim, context_dim, context_dim
+        self.to_q, self.to_k, self.to_v = (nn.Linear(c, inner, bias=False) for c in widths)
+        self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
 
     def forward(self, x, context=None):
         context = x if context is None else context
-        q, k, v = (
-            y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, N or M, dim_head]
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [B, heads, N or M, dim_head]
         return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -57,13 +60,8 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, dim, dropout=0.0):
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
-
-    def forward(self, x):
-        return self.net(x)
+def feed_forward(dim, dropout=0.0):
+    return named(net=nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim)))
 
 
 class BasicTransformerBlock(nn.Module):
@@ -72,7 +70,7 @@ class BasicTransformerBlock(nn.Module):
     def __init__(self, dim, n_heads, d_head, dropout=0.0, context_dim=None):
         super().__init__()
         self.attn1 = CrossAttention(dim, None, n_heads, d_head, dropout)
-        self.ff = FeedForward(dim, dropout)
+        self.ff = feed_forward(dim, dropout)
         self.attn2 = CrossAttention(dim, context_dim, n_heads, d_head, dropout)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
@@ -90,9 +88,8 @@ class SpatialTransformer(nn.Module):
         inner = n_heads * d_head
         self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
         self.proj_in = nn.Conv2d(in_channels, inner, 1)
-        self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(inner, n_heads, d_head, dropout, context_dim) for _ in range(depth)
-        )
+        blocks = (BasicTransformerBlock(inner, n_heads, d_head, dropout, context_dim) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = nn.Conv2d(inner, in_channels, 1)
 
     def forward(self, x, context=None):

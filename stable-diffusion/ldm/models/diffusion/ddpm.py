@@ -9,14 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ldm.compat import TrainingNames
+from ldm.models.diffusion.sampling import as_tensor
 from ldm.util import instantiate_from_config
 
-# Entries of CompVis's configs that concern training the network from scratch: taken, and not used.
+# Entries of CompVis's configs: what they are by default, those that may be nothing else, and those on training the
+# network from scratch, which are taken and not used.
+DEFAULTS = {"linear_start": 1e-4, "linear_end": 2e-2, "image_size": 64, "channels": 4, "cond_stage_trainable": False}
+FIXED = {"parameterization": "eps", "beta_schedule": "linear", "conditioning_key": "crossattn"}
 TRAINING_ONLY = set(
     "num_timesteps_cond log_every_t first_stage_key cond_stage_key monitor use_ema scheduler_config loss_type model_lr "
     "concat_mode scale_by_std ckpt_path ignore_keys load_only_unet learn_logvar logvar_init v_posterior clip_denoised "
     "l_simple_weight original_elbo_weight personalization_config unfreeze_model embedding_reg_weight".split()
 )
+TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
 
 
 class DiffusionWrapper(nn.Module):
@@ -30,46 +36,42 @@ class DiffusionWrapper(nn.Module):
         return self.diffusion_model(x, t, context=torch.cat(list(c_crossattn), dim=1))
 
 
-class LatentDiffusion(nn.Module):
+class LatentDiffusion(TrainingNames, nn.Module):
     """Stable Diffusion v1. Latents are [B, 4, H/8, W/8], images [B, 3, H, W] in [-1, 1], conditionings [B, 77, 768].
 
     The network runs in its own precision; what goes in and comes out keeps the caller's: samplers work in float32.
     """
 
-    def __init__(
-        self,
-        first_stage_config,
-        cond_stage_config,
-        unet_config,
-        timesteps=1000,
-        beta_schedule="linear",
-        linear_start=1e-4,
-        linear_end=2e-2,
-        image_size=64,
-        channels=4,
-        scale_factor=1.0,
-        conditioning_key="crossattn",
-        cond_stage_trainable=False,
-        parameterization="eps",
-        **training,
-    ):
+    def __init__(self, first_stage_config, cond_stage_config, unet_config, timesteps=1000, scale_factor=1.0, **config):
         super().__init__()
-        if (parameterization, beta_schedule, conditioning_key) != ("eps", "linear", "crossattn"):
-            raise ValueError("LatentDiffusion: only eps, linear schedule and cross-attention are supported")
-        unknown = sorted(set(training) - TRAINING_ONLY)
+        for name, value in FIXED.items():
+            if config.pop(name, value) != value:
+                raise ValueError(f"LatentDiffusion: {name} other than {value!r} is not supported")
+        unknown = sorted(set(config) - set(DEFAULTS) - TRAINING_ONLY)
         if unknown:
             warnings.warn(f"LatentDiffusion: {', '.join(unknown)} in the config: unknown, not used", stacklevel=2)
-        self.num_timesteps, self.image_size, self.channels = timesteps, image_size, channels
-        self.scale_factor, self.parameterization = scale_factor, parameterization
-        self.cond_stage_trainable = cond_stage_trainable
+        config = {**DEFAULTS, **config}
+        self.scale_factor, self.parameterization = scale_factor, FIXED["parameterization"]
+        self.image_size, self.channels = config["image_size"], config["channels"]
+        self.cond_stage_trainable = config["cond_stage_trainable"]
         self.model = DiffusionWrapper(unet_config)
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
         self.cond_stage_model = instantiate_from_config(cond_stage_config)
-        # "linear" is linear in sqrt(beta), in latent diffusion's terms
-        self._register_schedule(torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64) ** 2)
+        self.register_schedule(None, "linear", timesteps, config["linear_start"], config["linear_end"])
+        self._register_load_state_dict_pre_hook(self._unpack_words)
 
-    def _register_schedule(self, betas):
-        """The constants of Ho et al. 2020 as float32 buffers [T], under the names that checkpoints have."""
+    def register_schedule(
+        self, given_betas=None, beta_schedule="linear", timesteps=1000, linear_start=1e-4, linear_end=2e-2
+    ):
+        """The constants of Ho et al. 2020 as float32 buffers [T], under the names that checkpoints have.
+
+        "linear", the only one without given betas [T], is linear in sqrt(beta), in latent diffusion's terms.
+        """
+        if given_betas is None and beta_schedule != "linear":
+            raise ValueError(f"beta_schedule {beta_schedule!r}: give the betas themselves")
+        betas = torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64) ** 2
+        betas = betas if given_betas is None else torch.as_tensor(given_betas, dtype=torch.float64)
+        self.num_timesteps, device = len(betas), next(self.model.parameters()).device
         alphas = 1.0 - betas
         abar = torch.cumprod(alphas, dim=0)
         abar_prev = torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
@@ -90,7 +92,15 @@ class LatentDiffusion(nn.Module):
         }
         self.schedule_names = tuple(constants)
         for name, values in constants.items():
-            self.register_buffer(name, values.float())
+            self.register_buffer(name, values.float().to(device))
+        self.register_buffer("logvar", torch.zeros(len(betas), device=device), persistent=False)
+
+    def _unpack_words(self, state_dict, prefix, *unused):
+        """A small checkpoint has the text encoder's rows for the ids `known_words` alone."""
+        known = state_dict.pop(prefix + "known_words", None)
+        if known is not None and prefix + TABLE in state_dict:
+            rows = state_dict[prefix + TABLE]
+            state_dict[prefix + TABLE] = self.cond_stage_model.transformer.whole_table(rows, known)
 
     def _apply(self, fn, *args, **kwargs):
         """model.half() and the like move the schedule, but leave it in float32."""
@@ -130,8 +140,8 @@ class LatentDiffusion(nn.Module):
         return self.scale_factor * (posterior if isinstance(posterior, torch.Tensor) else posterior.sample())
 
     @torch.no_grad()
-    def decode_first_stage(self, z, tiled=None):
-        """Latents -> images, one at a time; tiled: see AutoencoderKL.decode."""
+    def decode_first_stage(self, z, predict_cids=False, force_not_quantize=False, tiled=None):
+        """Latents -> images, one at a time; tiled: see AutoencoderKL.decode. No code is predicted or quantised."""
         dtype = next(self.first_stage_model.parameters()).dtype
         return self.first_stage_model.decode((z / self.scale_factor).to(dtype), tiled).to(z.dtype)
 
@@ -140,17 +150,12 @@ class LatentDiffusion(nn.Module):
     def q_sample(self, x_start, t, noise=None):
         """x_t ~ q(x_t | x_0) = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (Ho et al. 2020, eq. 4); t int64 [B]."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        a = self.sqrt_alphas_cumprod[t].view(-1, 1, 1, 1)
-        s = self.sqrt_one_minus_alphas_cumprod[t].view(-1, 1, 1, 1)
+        a, s = (c[t].view(-1, 1, 1, 1) for c in (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod))
         return (a * x_start + s * noise).to(x_start.dtype)
 
     def apply_model(self, x_noisy, t, cond):
         """eps predicted from x_t, t [B] (may be fractions) and cond: a tensor, a list, or {"c_crossattn": list}."""
-        if isinstance(cond, dict):
-            cond = cond["c_crossattn"]
-        if isinstance(cond, torch.Tensor):
-            cond = [cond]
-        return self.model(x_noisy.to(self.dtype), t, [c.to(self.dtype) for c in cond]).to(x_noisy.dtype)
+        return self.model(x_noisy.to(self.dtype), t, [as_tensor(cond).to(self.dtype)]).to(x_noisy.dtype)
 
     def p_losses(self, x_start, cond, t, noise=None):
         """(loss, dict of parts): mean squared error of the predicted eps (Ho et al. 2020, eq. 14)."""

@@ -6,13 +6,13 @@ import torch
 from tqdm import tqdm
 
 
-def guided(model, cond, uncond=None, scale=1.0):
+def guided(model, cond, unconditional_conditioning=None, unconditional_guidance_scale=1.0):
     """eps(x_t, t) of `model` under classifier-free guidance, eps_u + scale (eps_c - eps_u) (Ho & Salimans 2022, eq. 6).
 
-    Scale 1, or no `uncond`, is the conditional model. cond and uncond: [B, 77, C], or [1, 77, C] for the whole batch (a
-    list, or {"c_crossattn": list}, will do). The two go through the network as one batch [uncond; cond].
+    Scale 1, or no unconditional one, is the conditional model. Conditionings: [B, 77, C], or [1, 77, C] for the whole
+    batch (a list, or {"c_crossattn": list}, will do). The two go through the network as one batch [uncond; cond].
     """
-    cond, uncond = _tensor(cond), _tensor(uncond)
+    cond, uncond, scale = as_tensor(cond), as_tensor(unconditional_conditioning), unconditional_guidance_scale
 
     def eps_model(x, t):
         t = torch.full((len(x),), float(t), device=x.device)
@@ -26,7 +26,8 @@ def guided(model, cond, uncond=None, scale=1.0):
     return eps_model
 
 
-def _tensor(cond):
+def as_tensor(cond):
+    """A conditioning in any form that CompVis's code takes, as one tensor [B, M, C]."""
     if isinstance(cond, dict):
         cond = cond["c_crossattn"]
     return torch.cat(list(cond), dim=1) if isinstance(cond, (list, tuple)) else cond
@@ -35,72 +36,42 @@ def _tensor(cond):
 class Sampler:
     """`sample` as CompVis has it, over the generator `steps(eps_model, x_T, S, eta, noise)` of a subclass."""
 
-    def __init__(self, model, **unused):
+    OPTIONS = "eta x_T noise unconditional_guidance_scale unconditional_conditioning".split()
+
+    def __init__(self, model, schedule="linear", **unused):
         self.model = model
 
     @torch.no_grad()
-    def trajectory(
-        self,
-        S,
-        batch_size,
-        shape,
-        conditioning=None,
-        unconditional_guidance_scale=1.0,
-        unconditional_conditioning=None,
-        eta=0.0,
-        x_T=None,
-        noise=None,
-    ):
-        """A generator of (t, x_t, x_0 prediction), S items; shape is [C, H/8, W/8] of one latent.
+    def trajectory(self, S, batch_size, shape, conditioning=None, eta=0.0, x_T=None, noise=None, **guidance):
+        """A generator of (t, x_t, x_0 prediction), S items; shape is [C, H/8, W/8] of one latent; guidance: see guided.
 
-        x_T: [B, *shape], else drawn. `noise()` gives normal noise [B, *shape]: x_T, and that of stochastic steps.
+        x_T: [B, *shape], else drawn. `noise()` gives normal noise [B, *shape], for x_T and for stochastic steps; by
+        default it comes from the generator of the model's device, as in CompVis's code.
         """
         device = self.model.device
-        draw = noise if noise is not None else lambda: torch.randn(batch_size, *shape)
+        draw = noise if noise is not None else lambda: torch.randn(batch_size, *shape, device=device)
         x = (draw() if x_T is None else x_T).to(device)
-        eps_model = guided(self.model, conditioning, unconditional_conditioning, unconditional_guidance_scale)
-        yield from self.steps(eps_model, x, S, eta, lambda: draw().to(x))
+        yield from self.steps(guided(self.model, conditioning, **guidance), x, S, eta, lambda: draw().to(x))
 
-    def sample(
-        self,
-        S,
-        batch_size,
-        shape,
-        conditioning=None,
-        callback=None,
-        img_callback=None,
-        eta=0.0,
-        verbose=True,
-        x_T=None,
-        log_every_t=100,
-        unconditional_guidance_scale=1.0,
-        unconditional_conditioning=None,
-        noise=None,
-        mask=None,
-        score_corrector=None,
-        **unused,
-    ):
-        """(latents [B, C, H/8, W/8], intermediates or None) after S steps; the arguments are those of `trajectory`."""
-        if mask is not None or score_corrector is not None:
-            raise ValueError("sample: mask (inpainting) and score_corrector are not supported")
-        inter = {"x_inter": [] if x_T is None else [x_T], "pred_x0": [] if x_T is None else [x_T]}
-        items = self.trajectory(
-            S,
-            batch_size,
-            shape,
-            conditioning,
-            unconditional_guidance_scale,
-            unconditional_conditioning,
-            eta,
-            x_T,
-            noise,
-        )
-        for i, (_, x, x_0) in enumerate(tqdm(items, total=S, desc=type(self).__name__, disable=not verbose)):
+    def sample(self, S, batch_size, shape, conditioning=None, callback=None, img_callback=None, **options):
+        """(latents [B, C, H/8, W/8], intermediates or None) after S steps.
+
+        Of the options those of `trajectory`, `verbose` and `log_every_t` are used, CompVis's others ignored.
+        """
+        for name in ("mask", "score_corrector"):
+            if options.get(name) is not None:
+                raise ValueError(f"sample: {name} is not supported")
+        chosen = {k: options[k] for k in self.OPTIONS if k in options}
+        items = self.trajectory(S, batch_size, shape, conditioning, **chosen)
+        first = [options["x_T"]] if options.get("x_T") is not None else []
+        inter, every = {"x_inter": first, "pred_x0": list(first)}, options.get("log_every_t", 100)
+        bar = tqdm(items, total=S, desc=type(self).__name__, disable=not options.get("verbose", True))
+        for i, (_, x, x_0) in enumerate(bar):
             if callback:
                 callback(i)
             if img_callback:
                 img_callback(x_0, i)
-            if i % log_every_t == 0 or i == S - 1:
+            if i % every == 0 or i == S - 1:
                 inter["x_inter"].append(x)
                 inter["pred_x0"].append(x_0)
         return x, self.intermediates(inter)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.modules.attention import attention
+from ldm.modules.attention import attention, named
 
 
 def norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
+def conv3(c_in, c_out, **options):
+    return nn.Conv2d(c_in, c_out, 3, **{"padding": 1, **options})
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, in_channels, out_channels, dropout=0.0):
         super().__init__()
-        self.norm1, self.conv1 = norm(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2, self.conv2 = norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1, self.conv1 = norm(in_channels), conv3(in_channels, out_channels)
+        self.norm2, self.conv2 = norm(out_channels), conv3(out_channels, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.nin_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -41,46 +45,23 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # only to the right and below, as the weights were trained
+def downsample(c):
+    """Half the size; padded only to the right and below, as the weights were trained."""
+    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv3(c, c, stride=2, padding=0))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def upsample(c):
+    return named(twice=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=conv3(c, c))
 
 
-class Middle(nn.Module):
-    def __init__(self, c, dropout):
-        super().__init__()
-        self.block_1, self.attn_1, self.block_2 = ResnetBlock(c, c, dropout), AttnBlock(c), ResnetBlock(c, c, dropout)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
+def middle(c, dropout):
+    return named(block_1=ResnetBlock(c, c, dropout), attn_1=AttnBlock(c), block_2=ResnetBlock(c, c, dropout))
 
 
-class Level(nn.Module):
-    """Residual blocks at one resolution, then the way to the next one."""
-
-    def __init__(self, blocks, **resample):
-        super().__init__()
-        self.block = nn.ModuleList(blocks)
-        for name, layer in resample.items():  # "upsample" or "downsample", as checkpoints have it
-            self.add_module(name, layer)
-
-    def forward(self, x):
-        for layer in [*self.block, *list(self.children())[1:]]:
-            x = layer(x)
-        return x
+def level(c_in, c_out, blocks, dropout, **resample):
+    """Residual blocks at one resolution, then the way to the next one, upsample or downsample."""
+    blocks = [ResnetBlock(c_out if i else c_in, c_out, dropout) for i in range(blocks)]
+    return named(block=nn.Sequential(*blocks), **{name: make(c_out) for name, make in resample.items()})
 
 
 class Encoder(nn.Module):
@@ -88,23 +69,17 @@ class Encoder(nn.Module):
 
     def __init__(self, ch, ch_mult, num_res_blocks, in_channels, z_channels, double_z=True, dropout=0.0, **unused):
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
-        self.down = nn.ModuleList()
-        c = ch
-        for level, width in enumerate(m * ch for m in ch_mult):
-            blocks = [ResnetBlock(width if i else c, width, dropout) for i in range(num_res_blocks)]
+        c, levels = ch, []
+        self.conv_in = conv3(in_channels, c)
+        for i, width in enumerate(m * ch for m in ch_mult):
+            way = {"downsample": downsample} if i < len(ch_mult) - 1 else {}
+            levels.append(level(c, width, num_res_blocks, dropout, **way))
             c = width
-            self.down.append(Level(blocks, **({"downsample": Downsample(c)} if level < len(ch_mult) - 1 else {})))
-        self.mid = Middle(c, dropout)
-        self.norm_out = norm(c)
-        self.conv_out = nn.Conv2d(c, 2 * z_channels if double_z else z_channels, 3, padding=1)
+        self.down, self.mid, self.norm_out = nn.Sequential(*levels), middle(c, dropout), norm(c)
+        self.conv_out = conv3(c, 2 * z_channels if double_z else z_channels)
 
     def forward(self, x):
-        h = self.conv_in(x)
-        for level in self.down:
-            h = level(h)
-        h = self.mid(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(F.silu(self.norm_out(self.mid(self.down(self.conv_in(x))))))
 
 
 class Decoder(nn.Module):
@@ -112,20 +87,17 @@ class Decoder(nn.Module):
 
     def __init__(self, ch, ch_mult, num_res_blocks, out_ch, z_channels, dropout=0.0, **unused):
         super().__init__()
-        c = ch * ch_mult[-1]
-        self.conv_in = nn.Conv2d(z_channels, c, 3, padding=1)
-        self.mid = Middle(c, dropout)
-        levels = []
-        for level, width in reversed(list(enumerate(m * ch for m in ch_mult))):
-            blocks = [ResnetBlock(width if i else c, width, dropout) for i in range(num_res_blocks + 1)]
+        c, levels = ch * ch_mult[-1], []
+        self.conv_in, self.mid = conv3(z_channels, c), middle(c, dropout)
+        for i, width in reversed(list(enumerate(m * ch for m in ch_mult))):
+            way = {"upsample": upsample} if i > 0 else {}
+            levels.append(level(c, width, num_res_blocks + 1, dropout, **way))
             c = width
-            levels.insert(0, Level(blocks, **({"upsample": Upsample(c)} if level > 0 else {})))
-        self.up = nn.ModuleList(levels)  # numbered from the image inwards, run from the latent outwards
-        self.norm_out = norm(c)
-        self.conv_out = nn.Conv2d(c, out_ch, 3, padding=1)
+        self.up = nn.ModuleList(reversed(levels))  # numbered from the image inwards, run from the latent outwards
+        self.norm_out, self.conv_out = norm(c), conv3(c, out_ch)
 
     def forward(self, z):
         h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            h = level(h)
+        for blocks in reversed(self.up):
+            h = blocks(h)
         return self.conv_out(F.silu(self.norm_out(h)))

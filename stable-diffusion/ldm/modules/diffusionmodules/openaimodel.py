@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.modules.attention import SpatialTransformer
-from ldm.modules.diffusionmodules.model import Upsample
+from ldm.modules.attention import SpatialTransformer, named
+from ldm.modules.diffusionmodules.model import conv3, upsample
 
 
 def timestep_embedding(timesteps, dim, max_period=10000):
@@ -24,30 +24,15 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels, emb_channels, out_channels, dropout=0.0):
         super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), conv3(channels, out_channels))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels),
-            nn.SiLU(),
-            nn.Dropout(dropout),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
-        )
+        out = nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(dropout), conv3(out_channels, out_channels)
+        self.out_layers = nn.Sequential(*out)
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, emb):
         h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
         return self.skip_connection(x) + self.out_layers(h)
-
-
-class Downsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x):
-        return self.op(x)
 
 
 class TimestepEmbedSequential(nn.Sequential):
@@ -64,44 +49,39 @@ class TimestepEmbedSequential(nn.Sequential):
         return x
 
 
+# fmt: off
+OPTIONS = {  # entries of CompVis's configs, and what they are by default
+    "num_heads": 8, "transformer_depth": 1, "context_dim": None, "dropout": 0.0, "use_checkpoint": False,
+    "image_size": None, "legacy": False,                        # only to be asked for; not used
+    "use_spatial_transformer": True, "num_head_channels": -1,   # of other variants: these values alone
+}
+# fmt: on
+
+
 class UNetModel(nn.Module):
     """eps(x_t, t, prompt): x [B, in_channels, H, W], timesteps [B], context [B, M, context_dim] -> eps, as x.
 
     H and W are multiples of 2^(levels - 1). `use_checkpoint` recomputes activations in the backward pass instead of
-    keeping them; without gradients it has no effect. image_size and legacy, which concern other variants, are not used.
+    keeping them; without gradients it has no effect. `options`: see OPTIONS.
     """
 
     def __init__(
-        self,
-        in_channels,
-        model_channels,
-        out_channels,
-        num_res_blocks,
-        attention_resolutions,
-        channel_mult=(1, 2, 4, 8),
-        num_heads=8,
-        num_head_channels=-1,
-        transformer_depth=1,
-        context_dim=None,
-        dropout=0.0,
-        use_checkpoint=False,
-        use_spatial_transformer=True,
-        image_size=None,
-        legacy=False,
+        self, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, channel_mult, **options
     ):
         super().__init__()
-        if not use_spatial_transformer:
-            raise ValueError("UNetModel: only networks with use_spatial_transformer: True are supported")
+        options = {**OPTIONS, **options}
+        if set(options) > set(OPTIONS) or not options["use_spatial_transformer"] or options["num_head_channels"] != -1:
+            raise ValueError(f"UNetModel: of the options in {options}, only Stable Diffusion v1's are supported")
         self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
-        self.use_checkpoint = use_checkpoint
-        emb = 4 * model_channels
+        self.use_checkpoint, self.image_size = options["use_checkpoint"], options["image_size"]
+        emb, heads, dropout = 4 * model_channels, options["num_heads"], options["dropout"]
 
         def res(c_in, c_out):
             return ResBlock(c_in, emb, c_out, dropout)
 
         def attn(c):
-            heads = num_heads if num_head_channels == -1 else c // num_head_channels
-            return SpatialTransformer(c, heads, c // heads, transformer_depth, dropout, context_dim)
+            depth, context_dim = options["transformer_depth"], options["context_dim"]
+            return SpatialTransformer(c, heads, c // heads, depth, dropout, context_dim)
 
         # The loops below write out, for Stable Diffusion v1 (320 channels x 1, 2, 4, 4; attention at strides 1, 2, 4):
         #   input_blocks                     middle_block          output_blocks, each on [h, skip] concatenated
@@ -118,27 +98,27 @@ class UNetModel(nn.Module):
         widths = [m * model_channels for m in channel_mult]
         last = len(widths) - 1
         c, skips = model_channels, [model_channels]
-        inputs, outputs = [[nn.Conv2d(in_channels, c, 3, padding=1)]], []
+        inputs, outputs = [[conv3(in_channels, c)]], []
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
                 inputs.append([res(c, width)] + ([attn(width)] if 2**level in attention_resolutions else []))
                 skips.append(width)
                 c = width
             if level < last:
-                inputs.append([Downsample(c)])
+                inputs.append([named(op=conv3(c, c, stride=2))])
                 skips.append(c)
         middle = [res(c, c), attn(c), res(c, c)]
         for level, width in reversed(list(enumerate(widths))):
             for i in range(num_res_blocks + 1):
                 row = [res(c + skips.pop(), width)] + ([attn(width)] if 2**level in attention_resolutions else [])
                 c = width
-                outputs.append(row + ([Upsample(c)] if level > 0 and i == num_res_blocks else []))
+                outputs.append(row + ([upsample(c)] if level > 0 and i == num_res_blocks else []))
 
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.input_blocks = nn.ModuleList(TimestepEmbedSequential(*row) for row in inputs)
         self.middle_block = TimestepEmbedSequential(*middle)
         self.output_blocks = nn.ModuleList(TimestepEmbedSequential(*row) for row in outputs)
-        self.out = nn.Sequential(nn.GroupNorm(32, c), nn.SiLU(), nn.Conv2d(c, out_channels, 3, padding=1))
+        self.out = nn.Sequential(nn.GroupNorm(32, c), nn.SiLU(), conv3(c, out_channels))
 
     def forward(self, x, timesteps, context=None):
         def run(block, h):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -21,3 +23,13 @@ class DiagonalGaussianDistribution:
 
     def mode(self):
         return self.mean
+
+    def kl(self, other=None):
+        """KL(self || other), of N(0, I) by default, in nats: [B]."""
+        mean, logvar = (0.0, 0.0 * self.logvar) if other is None else (other.mean, other.logvar)
+        terms = ((self.mean - mean) ** 2 + self.var) / logvar.exp() - 1.0 + logvar - self.logvar
+        return 0.5 * terms.flatten(1).sum(1)
+
+    def nll(self, sample, dims=(1, 2, 3)):
+        """-log p(sample), summed over `dims`."""
+        return 0.5 * (math.log(2 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var).sum(tuple(dims))

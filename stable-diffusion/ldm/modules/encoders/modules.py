@@ -37,9 +37,8 @@ class FrozenCLIPEmbedder(nn.Module):
         self.version, self.max_length, self.expansions = version, max_length, {}
         self.transformer = TextModel(_text_config(version, config or {}))
         self.tokenizer = _tokenizer(version, max_length)
-        folder = pathlib.Path(version)
-        for weights in [f for f in (folder / "model.safetensors", folder / "pytorch_model.bin") if f.is_file()][:1]:
-            self._load_transformers_weights(weights)
+        files = [pathlib.Path(version) / name for name in ("model.safetensors", "pytorch_model.bin")]
+        self._load_transformers_weights(next((f for f in files if f.is_file()), None))
         self.freeze()
 
     def freeze(self):
@@ -48,14 +47,17 @@ class FrozenCLIPEmbedder(nn.Module):
 
     @property
     def device(self):
-        """Where the weights are: a model that was moved needs no new argument."""
+        """Where the weights are: a model that was moved needs no new argument. Setting it moves them."""
         return self.transformer.get_input_embeddings().weight.device
+
+    @device.setter
+    def device(self, device):
+        self.to(device)
 
     def tokenize(self, text):
         """Token ids [B, max_length]: start, the prompt's, end, pad tokens; too long a prompt is cut, with a warning."""
-        text = [text] if isinstance(text, str) else list(text)
         tokenizer, rows = self.tokenizer, []
-        for prompt in text:
+        for prompt in [text] if isinstance(text, str) else text:
             ids = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
             ids = [j for i in ids for j in self.expansions.get(i, (i,))]
             if len(ids) > self.max_length - 2:
@@ -71,7 +73,7 @@ class FrozenCLIPEmbedder(nn.Module):
 
     def _load_transformers_weights(self, path):
         own = self.state_dict(keep_vars=True)
-        for name, stored in read_state_dict(path).items():
+        for name, stored in read_state_dict(path).items() if path else ():
             name = "transformer." + (name if name.startswith("text_model.") else "text_model." + name)
             if name in own and stored.shape == tuple(own[name].shape):
                 own[name].data.copy_(load_tensor(stored, name, path))
@@ -85,16 +87,32 @@ class TextModel(CLIPTextModel):
 
     def __init__(self, config):
         super().__init__(config)
+        self.words = config.vocab_size
         self._register_state_dict_hook(_to_checkpoint_names)
         self._register_load_state_dict_pre_hook(self._to_own_names)
+
+    def resize_token_embeddings(self, size=None, *args, **kwargs):
+        """As in transformers, but a table of another size is always trainable: 4.46 and later leave it frozen."""
+        before = len(self.get_input_embeddings().weight)
+        table = super().resize_token_embeddings(size, *args, **kwargs)
+        table.weight.requires_grad_(table.weight.requires_grad or len(table.weight) != before)
+        return table
+
+    def whole_table(self, rows, known):
+        """The table [words, dim] with the given rows at the ids `known`, their mean at the rest of the vocabulary, and
+        what it has now at words that were added."""
+        table = self.get_input_embeddings().weight.detach().clone()
+        table[: self.words] = rows.float().mean(0)
+        table[known.long()] = rows.to(table)
+        return table
 
     def __getattr__(self, name):
         return self if name == "text_model" and name not in self._modules else super().__getattr__(name)
 
     def _to_own_names(self, state_dict, prefix, *unused):
-        own = prefix + ("text_model." if "text_model" in self._modules else "")
-        for key in [k for k in state_dict if k.startswith(prefix + "text_model.")]:
-            state_dict[own + key[len(prefix + "text_model.") :]] = state_dict.pop(key)
+        own, theirs = prefix + ("text_model." if "text_model" in self._modules else ""), prefix + "text_model."
+        for key in [k for k in state_dict if k.startswith(theirs)]:
+            state_dict[own + key[len(theirs) :]] = state_dict.pop(key)
         ids = state_dict.pop(own + "embeddings.position_ids", None)
         if "position_ids" not in self.text_model.embeddings._non_persistent_buffers_set:
             state_dict[own + "embeddings.position_ids"] = ids if ids is not None else _positions(self)
