@@ -15,31 +15,25 @@ The peers, around the same network:
 
 from __future__ import annotations
 
-import argparse
-import os
-import pathlib
 import sys
 import time
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 from fid import Inception, frechet_distance
-from table import add_out_option, describe_machine, save_table
+from table import ROOT, add_out_option, describe_machine, save_table
 
 from classifiers import load_classifier, predict
 from diffusion import ddpm, run, schedule, timesteps
 from digits import DOMAINS, load_digits
 from p1_model import eps_model_for, load_digit_unet, reverse_process
 from utils import (
+    Parser,
     add_device_options,
     autocast,
     cli,
     image_grid,
     noise_stream,
-    pick_device,
     pick_precision,
     reuse_freed_memory,
     save_png,
@@ -183,33 +177,24 @@ def neighbours(args, path):
 
 @cli
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    root = pathlib.Path(__file__).resolve().parents[1] / "checkpoints"
-    parser.add_argument("--data", default="hw2_data/digits")
-    parser.add_argument("--checkpoint", default=str(root / "p1_unet.pt"))
-    parser.add_argument(
-        "--classifier",
-        default=str(root / "mnistm_classifier.pth"),
-        help="of MNIST-M: the course's Classifier.pth or ours",
-    )
-    parser.add_argument("--svhn-classifier", default=str(root / "svhn_classifier.pth"))
-    parser.add_argument("--num-per-digit", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument(
-        "--only",
-        nargs=4,
-        action="append",
-        metavar=("SAMPLER", "STEPS", "GUIDANCE", "FROM-TO"),
-        help="these settings only",
-    )
-    parser.add_argument("--fid-images", type=int, default=1000, help="of each setting, and real ones of each domain")
-    parser.add_argument("--no-fid", action="store_true")
-    parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--neighbours", metavar="FILE")
+    parser, root = Parser(__doc__), ROOT / "checkpoints"
+    option = parser.add_argument
+    option("--data", default="hw2_data/digits")
+    option("--checkpoint", default=str(root / "p1_unet.pt"))
+    judge = str(root / "mnistm_classifier.pth")
+    option("--classifier", default=judge, help="of MNIST-M: the course's Classifier.pth or ours")
+    option("--svhn-classifier", default=str(root / "svhn_classifier.pth"))
+    option("--num-per-digit", type=int, default=50)
+    option("--batch-size", type=int, default=100)
+    setting = "SAMPLER", "STEPS", "GUIDANCE", "FROM-TO"
+    option("--only", nargs=4, action="append", metavar=setting, help="these settings only")
+    option("--fid-images", type=int, default=1000, help="of each setting, and real ones of each domain")
+    option("--no-fid", action="store_true")
+    option("--no-peers", action="store_true")
+    option("--neighbours", metavar="FILE")
     add_out_option(parser)
     add_device_options(parser)
     args = parser.parse_args(argv)
-    args.device = pick_device(args.device)
     args.dtype = pick_precision(args.precision, args.device)
     reuse_freed_memory()
     args.model, args.config = load_digit_unet(args.checkpoint)

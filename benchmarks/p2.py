@@ -17,26 +17,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import re
-import resource
-import subprocess
 import sys
 import tempfile
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
 import torch
-from table import add_out_option, describe_machine, save_table
+from table import add_out_option, describe_machine, in_own_process, peak_memory, save_table
 from torch.nn import functional as F
 
 import UNet as room
 from diffusion import ddim, run, schedule, timesteps
 from p2_ddim import Sampler
-from utils import UserError, cli, noise_stream, pick_device
+from utils import cli, noise_stream, pick_device
 
 VARIANTS = ["plain fp32", "diffusers fp32", "ours fp32", "ours bf16"]
 
@@ -84,18 +78,14 @@ def diffusers_unet(unet):
     from diffusers import UNet2DModel
 
     channel = unet.time[1].in_features
+    # fmt: off
     model = UNet2DModel(
-        block_out_channels=[channel * n for n in (1, 1, 2, 2, 4, 4)],
-        down_block_types=["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
-        up_block_types=["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
-        layers_per_block=2,
-        attention_head_dim=None,
-        norm_num_groups=room.norm_groups(channel),
-        norm_eps=1e-5,
-        downsample_padding=1,
-        flip_sin_to_cos=False,
-        freq_shift=0,
+        block_out_channels=[channel * n for n in (1, 1, 2, 2, 4, 4)], layers_per_block=2, attention_head_dim=None,
+        down_block_types=["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"], downsample_padding=1,
+        up_block_types=["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4, norm_num_groups=room.norm_groups(channel),
+        norm_eps=1e-5, flip_sin_to_cos=False, freq_shift=0,
     )
+    # fmt: on
     model.load_state_dict(diffusers_keys(unet.state_dict()))
     return model.eval().requires_grad_(False)
 
@@ -141,10 +131,7 @@ def work(args):
     pictures = sample(noises)
     seconds = time.time() - started
     torch.save(torch.stack(pictures), args.pictures)
-    on_gpu = args.device.type == "cuda"
-    # Linux counts in kB; of a GPU, the memory that torch holds there
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "peak": peak}))
+    print(json.dumps({"seconds": seconds, "peak": peak_memory(args.device)}))
 
 
 # ------------------------------------------------------------------------ the table
@@ -162,13 +149,8 @@ def random_weights(channel, path):
 
 
 def measure(args, variant, unet, pictures):
-    command = [sys.executable, __file__, "--worker", variant, "--unet", unet, "--pictures", pictures]
-    for option in ("count", "size", "steps", "device"):
-        command += [f"--{option}", str(getattr(args, option))]
-    done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise UserError(f"{variant}: failed with exit code {done.returncode}, see above")
-    return json.loads(done.stdout.splitlines()[-1])
+    options = [f"--{option}={getattr(args, option)}" for option in ("count", "size", "steps", "device")]
+    return in_own_process(__file__, "--worker", variant, "--unet", unet, "--pictures", pictures, *options)
 
 
 def pixels(x):

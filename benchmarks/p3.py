@@ -16,29 +16,23 @@ import importlib
 import json
 import os
 import pathlib
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "stable-diffusion")]
+import table  # isort: skip  (it puts ldm on the path)
+import torch
+from ldm.util import CONFIGS, instantiate_from_config, load_model, read_config
+from omegaconf import OmegaConf
 
-import torch  # noqa: E402
-from table import add_out_option, describe_machine, save_table  # noqa: E402
+from utils import Parser, UserError, cli, pick_device, reuse_freed_memory
 
-from utils import UserError, cli, pick_device, reuse_freed_memory  # noqa: E402
-
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TINY = {
     "unet_config": {"params": {"model_channels": 32, "context_dim": 32}},
     "first_stage_config": {"params": {"ddconfig": {"ch": 32}}},
-    "cond_stage_config": {
-        "params": {
-            "config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-        }
-    },
+    "cond_stage_config": {"params": {"config": TEXT}},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WHO = {"ours": "ours", "diffusers": "diffusers", "diffusers-cl": "diffusers, cl"}
@@ -46,17 +40,12 @@ WHO = {"ours": "ours", "diffusers": "diffusers", "diffusers-cl": "diffusers, cl"
 
 def main_config(tiny):
     """OmegaConf of the model."""
-    from ldm.util import read_config
-    from omegaconf import OmegaConf
-
-    config = read_config(ROOT / "stable-diffusion/configs/stable-diffusion/v1-inference.yaml")
+    config = read_config(CONFIGS["v1-inference"])
     return OmegaConf.merge(config, {"model": {"params": TINY}}) if tiny else config
 
 
 def write_checkpoint(path, tiny):
     """A checkpoint of random weights, named and stored as sd-v1-4.ckpt is."""
-    from ldm.util import instantiate_from_config
-
     torch.manual_seed(0)
     model = instantiate_from_config(main_config(tiny).model)
     torch.save({"state_dict": model.state_dict(), "global_step": 0}, path)
@@ -67,29 +56,17 @@ def diffusers_configs(folder, tiny):
     params = main_config(tiny).model.params
     unet, vae = params.unet_config.params, params.first_stage_config.params.ddconfig
     widths = [unet.model_channels * m for m in unet.channel_mult]
+    # fmt: off
     files = {
-        "unet": {
-            "_class_name": "UNet2DConditionModel",
-            "in_channels": 4,
-            "out_channels": 4,
-            "layers_per_block": 2,
-            "block_out_channels": widths,
-            "cross_attention_dim": unet.context_dim,
-            "attention_head_dim": 8,
-            "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-            "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-        },
-        "vae": {
-            "_class_name": "AutoencoderKL",
-            "in_channels": 3,
-            "out_channels": 3,
-            "layers_per_block": 2,
-            "latent_channels": 4,
-            "block_out_channels": [vae.ch * m for m in vae.ch_mult],
-            "down_block_types": ["DownEncoderBlock2D"] * 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
-        },
+        "unet": {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
+                 "block_out_channels": widths, "cross_attention_dim": unet.context_dim, "attention_head_dim": 8,
+                 "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+                 "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3},
+        "vae": {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "layers_per_block": 2,
+                "latent_channels": 4, "block_out_channels": [vae.ch * m for m in vae.ch_mult],
+                "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4},
     }
+    # fmt: on
     for name, content in files.items():
         (pathlib.Path(folder) / name).mkdir(exist_ok=True)
         (pathlib.Path(folder) / name / "config.json").write_text(json.dumps(content))
@@ -97,8 +74,6 @@ def diffusers_configs(folder, tiny):
 
 def load_ours(opt, dtype):
     """(network, decoder) of ldm, as functions."""
-    from ldm.util import load_model
-
     model = load_model(main_config(opt.tiny), opt.ckpt, opt.device, dtype)
     return model.apply_model, model.decode_first_stage
 
@@ -118,13 +93,6 @@ def load_diffusers(opt, dtype):
         lambda x, t, c: unet(x.to(dtype), t, c.to(dtype)).sample.float(),
         lambda z: vae.decode((z / 0.18215).to(dtype)).sample.float(),
     )
-
-
-def peak(device):
-    """Largest memory of this process so far, in GiB: on the GPU, or else the resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def seconds(function, repeats, device):
@@ -148,7 +116,7 @@ def measure(opt):
     importlib.import_module("ldm.modules.encoders.modules" if opt.who == "ours" else "diffusers.loaders.single_file")
     begin = time.perf_counter()
     network, decode = (load_ours if opt.who == "ours" else load_diffusers)(opt, DTYPES[opt.precision])
-    result = {"load_s": time.perf_counter() - begin, "load_gib": peak(device)}
+    result = {"load_s": time.perf_counter() - begin, "load_gib": table.peak_memory(device) / 2**30}
     reuse_freed_memory()  # of both, as all scripts of this project do
     width = main_config(opt.tiny).model.params.unet_config.params.context_dim
     draw = torch.Generator().manual_seed(1)
@@ -157,12 +125,12 @@ def measure(opt):
     t = torch.full((2,), 500.0, device=device)
     result["eval_s"] = seconds(lambda: network(torch.cat([x, x]), t, c), opt.repeats, device)
     result["decode_s"] = seconds(lambda: decode(x), opt.repeats, device)
-    result["peak_gib"] = peak(device)
+    result["peak_gib"] = table.peak_memory(device) / 2**30
     torch.save(network(torch.cat([x, x]), t, c).cpu(), f"{opt.ckpt}.{opt.who}.{opt.precision}.eps")
     print(json.dumps(result))
 
 
-def table(results, exact):
+def rows(results, exact):
     """Lines of Markdown."""
     lines = [
         "| | precision | load, s | its peak, GiB | guided evaluation, s | decode, s | peak, GiB | eps off by |",
@@ -178,42 +146,25 @@ def table(results, exact):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a small network, and 64 pixels")
-    parser.add_argument("--size", type=int, help="side of the picture (default: 512)")
-    parser.add_argument("--precision", nargs="+", choices=list(DTYPES), help="default: fp32 bf16; on a GPU fp32 fp16")
-    parser.add_argument("--who", nargs="+", choices=list(WHO), help="default: all that are installed")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls, of which the median counts (default: 3)")
-    parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU (default: torch's choice)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--work", help="folder for the checkpoint, kept and used again (default: a temporary one)")
-    add_out_option(parser)
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser = Parser(__doc__)
+    option = parser.add_argument
+    option("--tiny", action="store_true", help="a small network, and 64 pixels")
+    option("--size", type=int, help="side of the picture (default: 512)")
+    option("--precision", nargs="+", choices=list(DTYPES), help="default: fp32 bf16; on a GPU fp32 fp16")
+    option("--who", nargs="+", choices=list(WHO), help="default: all that are installed")
+    option("--repeats", type=int, default=3, help="timed calls, of which the median counts (default: 3)")
+    option("--threads", type=int, default=0, help="of torch on the CPU (default: torch's choice)")
+    option("--device", default="auto")
+    option("--work", help="folder for the checkpoint, kept and used again (default: a temporary one)")
+    table.add_out_option(parser)
+    option("--worker", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def run_worker(opt, who, precision, ckpt):
-    command = [
-        sys.executable,
-        __file__,
-        "--worker",
-        who,
-        precision,
-        str(ckpt),
-        "--size",
-        str(opt.size),
-        "--device",
-        opt.device,
-        "--repeats",
-        str(opt.repeats),
-        "--threads",
-        str(opt.threads),
-    ]
-    command += ["--tiny"] if opt.tiny else []
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        raise UserError(f"{who} in {precision} failed: {run.stderr.strip().splitlines()[-1][:200]}")
-    return {**json.loads(run.stdout.splitlines()[-1]), "eps": torch.load(f"{ckpt}.{who}.{precision}.eps")}
+    options = [f"--{name}={getattr(opt, name)}" for name in ("size", "device", "repeats", "threads")]
+    result = table.in_own_process(__file__, "--worker", who, precision, ckpt, *options, *["--tiny"] * opt.tiny)
+    return {**result, "eps": torch.load(f"{ckpt}.{who}.{precision}.eps")}
 
 
 @cli
@@ -240,14 +191,14 @@ def main():
         if ("ours", "fp32") not in results:
             raise UserError("--who and --precision: ours in fp32 must be among them, to compare with")
         size = ckpt.stat().st_size / 2**30
-    machine = describe_machine(pick_device(opt.device), opt.threads or os.cpu_count())
+    machine = table.describe_machine(pick_device(opt.device), opt.threads or os.cpu_count())
     lines = [
         f"{machine}; checkpoint {size:.2f} GiB, {opt.size}x{opt.size}",
         "",
-        *table(results, results["ours", "fp32"]["eps"]),
+        *rows(results, results["ours", "fp32"]["eps"]),
     ]
     print("\n".join(lines))
-    save_table(lines, opt.out)
+    table.save_table(lines, opt.out)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,22 @@
-"""What all benchmarks share: the line that says what they ran on, and where their table goes."""
+"""What all benchmarks share: the project on the path, the line that says what they ran on, processes of their own for
+what is measured, and where their table goes."""
 
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import platform
+import resource
+import subprocess
+import sys
 import time
 
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "stable-diffusion")]
+
+import torch  # noqa: E402
 
 
 def describe_machine(device, threads=None):
@@ -21,6 +30,24 @@ def describe_machine(device, threads=None):
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return f"{time.strftime('%Y-%m-%d')}, {name}, torch {torch.__version__}"
+
+
+def peak_memory(device):
+    """Most bytes that this process held so far: on the GPU what torch held there, else the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in kB
+
+
+def in_own_process(script, *arguments):
+    """What the script says in its last line, JSON, when it runs with these arguments, so that its peak memory is its
+    own."""
+    from utils import UserError
+
+    done = subprocess.run([sys.executable, script, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(map(str, arguments[:4]))}: failed with exit code {done.returncode}, see above")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def add_out_option(parser):

@@ -19,63 +19,33 @@ the held-back style can be graded by, DIR being the folder of its source picture
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import pathlib
 import sys
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "stable-diffusion"))
-
 import torch
 from fid import Inception, frechet_distance
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from PIL import Image
-from table import add_out_option, describe_machine, save_table
+from table import ROOT, add_out_option, describe_machine, save_table
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
+import p3_model
 from p3_clip import best_fifth, image_scores, load_clip, text_scores
-from p3_concepts import image_files, open_image, read_concepts
+from p3_concepts import image_files, read_concepts
 from p3_invert import kind_of
-from p3_model import generate as make_pictures
-from p3_model import learned_tokens, load_embeddings, load_stable_diffusion, own_size
 from p3_pictures import Pictures
-from utils import (
-    add_device_options,
-    cli,
-    image_grid,
-    noise_stream,
-    output_folder,
-    pick_device,
-    pick_precision,
-    save_png,
-    to_uint8,
-)
+from utils import Parser, add_device_options, cli, image_grid, open_image, output_folder, pick_precision, save_png
 
-CHECKPOINTS = pathlib.Path(__file__).resolve().parents[1] / "checkpoints"
+CHECKPOINTS = ROOT / "checkpoints"
 
 
-@torch.no_grad()
-def generate(model, prompts, scale, steps, batch=50):
+def drawn(model, prompts, scale, steps, batch=50):
     """A picture of each prompt, uint8 [N, 3, 64, 64]; picture i starts from the seed i."""
-    side, pictures = own_size(model) // model.first_stage_model.factor, []
-    for start in tqdm(range(0, len(prompts), batch), f"guidance {scale}", leave=False):
-        part = prompts[start : start + batch]
-        shape = [model.channels, side, side]
-        x_T = noise_stream(0, range(start, start + len(part)), shape)().to(model.device)
-        guidance = {
-            "unconditional_guidance_scale": scale,
-            "unconditional_conditioning": model.get_learned_conditioning([""]),
-        }
-        latents, _ = DPMSolverSampler(model).sample(
-            steps, len(part), shape, model.get_learned_conditioning(part), x_T=x_T, verbose=False, **guidance
-        )
-        pictures.append(to_uint8(model.decode_first_stage(latents)).cpu())
-    return torch.cat(pictures)
+    parts = [range(len(prompts))[i : i + batch] for i in range(0, len(prompts), batch)]
+    bar = tqdm(parts, f"guidance {scale}", leave=False)
+    return torch.cat([p3_model.generate(model, prompts[p.start : p.stop], p, steps, scale) for p in bar])
 
 
 def pil(images):
@@ -148,7 +118,7 @@ def scored(model, clip, prompt, told, sources, draws):
     """(the first 25 pictures of a prompt, uint8; the grader's image and text scores, the mean of `draws` times 25)."""
     pictures, scores = [], []
     for draw in range(draws):
-        pictures.append(make_pictures(model, prompt, range(25 * draw, 25 * draw + 25)))
+        pictures.append(p3_model.generate(model, prompt, range(25 * draw, 25 * draw + 25)))
         scores.append(best_fifth(*graded(clip, clip.images(pil(pictures[-1])), told, sources)))
     return pictures[0], [round(sum(s) / draws, 2) for s in zip(*scores)]
 
@@ -156,16 +126,11 @@ def scored(model, clip, prompt, told, sources, draws):
 def inversion(model, clip, pictures, args):
     """The table of plain words and learned tokens, as lines; draws --picture."""
     path = pathlib.Path(args.inversion)
-    tokens, concepts = learned_tokens(model), read_concepts(path)
-    missing = load_embeddings(tokens, path.parent / "embeddings", [c.token for c in concepts])
-    lines = [
-        f"{describe_machine(model.device)}; the best 5 of 25 pictures by {pathlib.Path(clip.name).name}, "
-        f"mean of {args.draws} draws",
-        "",
-        "| prompt | best words | image | text | learned image | learned text |",
-        "|---|---|---|---|---|---|",
-    ]
-    rows = []
+    tokens, concepts = p3_model.learned_tokens(model), read_concepts(path)
+    missing = p3_model.load_embeddings(tokens, path.parent / "embeddings", [c.token for c in concepts])
+    machine, judge, rows = describe_machine(model.device), pathlib.Path(clip.name).name, []
+    lines = [f"{machine}; the best 5 of 25 pictures by {judge}, mean of {args.draws} draws", ""]
+    lines += ["| prompt | best words | image | text | learned image | learned text |", "|---" * 6 + "|"]
     for concept in concepts:
         files = image_files(path.parent / concept.key)
         sources, shown = clip.images(files), torch.stack([to_tensor(open_image(f)) for f in files])
@@ -189,7 +154,7 @@ def inversion(model, clip, pictures, args):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     option = parser.add_argument
     option("--data", default="runs/emoji", help="folder of emoji.npz and emoji.json")
     option("--ckpt", default=str(CHECKPOINTS / "tiny.ckpt"))
@@ -211,7 +176,7 @@ def parse(argv):
 @cli
 def main(argv=None):
     args = parse(argv)
-    pictures, device = Pictures(args.data), pick_device(args.device)
+    pictures, device = Pictures(args.data), args.device
     if args.zeroshot:
         return write_zeroshot(pictures, args.zeroshot)
     rows = pictures.rows("val")[: args.count]
@@ -219,7 +184,7 @@ def main(argv=None):
     clip = load_clip(args.clip, device)
     if args.readable:
         return print("\n".join(readable(pictures, clip, clip.images(image_files(pathlib.Path(args.readable))))))
-    model = load_stable_diffusion(args.ckpt, device, pick_precision(args.precision, device))
+    model = p3_model.load_stable_diffusion(args.ckpt, device, pick_precision(args.precision, device))
     if args.inversion:
         lines = inversion(model, clip, pictures, args)
         print("\n".join(lines))
@@ -235,7 +200,7 @@ def main(argv=None):
     ]
     for n, scale in enumerate(args.scales):
         begin = time.time()
-        made = generate(model, captions, scale, args.steps)
+        made = drawn(model, captions, scale, args.steps)
         seconds = (time.time() - begin) / len(made)
         fid = "-" if args.no_fid else f"{frechet_distance(features(made), told):.1f}"
         lines.append(f"| ours | {scale:g} | {nearest_is_right(clip, made, captions):.3f} | {fid} | {seconds:.2f} |")
