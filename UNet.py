@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import UserError, load_checkpoint, load_weights
+from utils import UserError, attention, load_checkpoint, load_weights
 
 # The architecture, layer by layer. The keys number the layers of DOWN, MID and UP from 1: down1 ... mid1 ... up23.
 # Stem: the first convolution. R: residual block. A: residual block with attention. D: half the size. U: twice the size.
@@ -155,17 +155,6 @@ class Attention(nn.Module):
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=2)  # [B, HW, c] each
         mixed = attention(q, k, v)
         return x + self.out(mixed.transpose(1, 2).view(b, c, h, w))
-
-
-def attention(q, k, v):
-    """softmax(q k^T / sqrt(c)) v of [B, positions, c], by torch's fused kernel where it has one (2.0 and later)."""
-    if hasattr(F, "scaled_dot_product_attention"):
-        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-    return plain_attention(q, k, v)
-
-
-def plain_attention(q, k, v):
-    return torch.softmax(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5, dim=-1) @ v
 
 
 def silu(x):

@@ -29,6 +29,7 @@ from utils import (
     atomic,
     beta_scheduler,
     cli,
+    fast_layout,
     image_grid,
     load_checkpoint,
     noise_stream,
@@ -40,7 +41,6 @@ from utils import (
     reuse_freed_memory,
     save_png,
     to_uint8,
-    torch_version,
     whole,
 )
 
@@ -166,16 +166,12 @@ class Sampler:
 
 
 def make_eps_model(unet, device, dtype):
-    """eps_model(x_t, t), float32 in and out, of a UNet that computes in `dtype`; on GPUs without TF32, repeatable.
-
-    channels_last where it is the faster layout: CPUs from torch 2.0 on, and half precision on GPUs (benchmarks/p2.py).
-    """
+    """eps_model(x_t, t), float32 in and out, of a UNet that computes in `dtype`; on GPUs without TF32, repeatable."""
     if device.type == "cpu":
         reuse_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    fast = torch_version() >= (2, 0) if device.type == "cpu" else dtype != torch.float32
-    layout = torch.channels_last if fast else torch.contiguous_format
+    layout = fast_layout(device, dtype)
     unet = unet.requires_grad_(False).to(device, memory_format=layout)
     for parameter in unet.parameters():
         parameter.data = parameter.data.to(dtype)  # not the time embedding's buffer, though

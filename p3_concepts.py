@@ -1,7 +1,7 @@
 """Reading hw2_data/textual_inversion: the JSON of concepts and prompts, and the folders of source images.
 
 for concept in read_concepts("hw2_data/textual_inversion/input.json"):
-    images = [open_image(p) for p in image_files(f"hw2_data/textual_inversion/{concept.key}")]
+    files = image_files(f"hw2_data/textual_inversion/{concept.key}")
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import json
 import pathlib
 import re
 from typing import NamedTuple
-
-from PIL import Image, ImageOps
 
 from utils import UserError
 
@@ -101,12 +99,3 @@ def image_files(folder):
     if not files:
         raise UserError(f"{folder}: no such folder, or no pictures in it; `bash get_dataset.sh` fetches the course's")
     return files
-
-
-def open_image(path):
-    """A picture as RGB, turned upright as its EXIF orientation says."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as e:
-        raise UserError(f"{path}: cannot be read as a picture ({e}); remove it or fetch it again") from None

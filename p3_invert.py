@@ -23,9 +23,8 @@ from tqdm import tqdm
 
 from diffusion import training_loss
 from p3_clip import best_fifth, image_scores, text_scores
-from p3_concepts import open_image
 from p3_model import fitting_batch, generate, user_errors, weights_id
-from utils import UserError, atomic, image_grid, load_checkpoint, output_folder, save_checkpoint, save_png
+from utils import UserError, atomic, image_grid, load_checkpoint, open_image, output_folder, save_checkpoint, save_png
 
 
 class Recipe(NamedTuple):

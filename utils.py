@@ -23,6 +23,7 @@ import zipfile
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 
@@ -214,6 +215,24 @@ def reuse_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block in a mapping of its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def fast_layout(device, dtype):
+    """The memory format that is faster for convolutions: channels_last on CPUs from torch 2.0 on, and in half precision
+    on GPUs (benchmarks/p2.py)."""
+    fast = torch_version() >= (2, 0) if device.type == "cpu" else dtype != torch.float32
+    return torch.channels_last if fast else torch.contiguous_format
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(c)) v of [B, positions, c], by torch's fused kernel where it has one (2.0 and later)."""
+    if hasattr(F, "scaled_dot_product_attention"):
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+    return plain_attention(q, k, v)
+
+
+def plain_attention(q, k, v):
+    return torch.softmax(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5, dim=-1) @ v
 
 
 def autocast(device, dtype):

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 import UNet as room
 from diffusion import ddim, run, schedule, timesteps
 from p2_ddim import Sampler
-from utils import cli, noise_stream, pick_device
+from utils import cli, noise_stream, pick_device, plain_attention
 
 VARIANTS = ["plain fp32", "diffusers fp32", "ours fp32", "ours bf16"]
 
@@ -45,7 +45,7 @@ def ours(args, precision):
 
 
 def plain(args):
-    room.silu, room.attention = F.silu, room.plain_attention
+    room.silu, room.attention = F.silu, plain_attention
     unet = room.load_unet(args.unet).to(args.device)
     alpha_bar, times = schedule(), timesteps(1000, args.steps, "course")
     return lambda noises: [run(ddim(unet, x[None].to(args.device), alpha_bar, times))[0].cpu() for x in noises], unet

@@ -14,7 +14,7 @@ from PIL import Image
 
 import p3_clip
 import p3_concepts
-from utils import UserError
+from utils import UserError, open_image
 
 ROOT = Path(__file__).resolve().parent.parent
 clip_model = pytest.importorskip("clip.model")
@@ -287,10 +287,10 @@ def test_pictures_are_turned_upright_by_their_exif(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     pictures(1)[0].resize((20, 10)).save(tmp_path / "turned.jpg", exif=exif)
-    assert p3_concepts.open_image(tmp_path / "turned.jpg").size == (10, 20)
+    assert open_image(tmp_path / "turned.jpg").size == (10, 20)
 
 
 def test_a_broken_picture_is_named(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
     with pytest.raises(UserError, match="broken.jpg"):
-        p3_concepts.open_image(tmp_path / "broken.jpg")
+        open_image(tmp_path / "broken.jpg")

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import UNet as room
 from diffusion import ddim, run, schedule, timesteps
 from p2_ddim import make_eps_model
-from UNet import Attention, ResBlock, UNet, attention, load_unet, plain_attention
-from utils import UserError, torch_version
+from UNet import Attention, ResBlock, UNet, load_unet
+from utils import UserError, attention, plain_attention, torch_version
 
 REFERENCE = pathlib.Path(__file__).parent / "data" / "unet_face.npz"  # the course's UNet.py with these weights
 CPU = torch.device("cpu")
