@@ -10,7 +10,6 @@ clamped to [-1, 1]; each picture stretched from its own minimum and maximum to [
 
 from __future__ import annotations
 
-import io
 import json
 import pathlib
 import sys
@@ -39,6 +38,7 @@ from utils import (
     pick_precision,
     real,
     reuse_freed_memory,
+    save_checkpoint,
     save_png,
     to_uint8,
     whole,
@@ -254,10 +254,7 @@ def check_ends(noises, between, folder):
 def make_noise(folder, count, size, seed):
     """Writes folder/00.pt ...: standard normal float32 [1, 3, size, size], file i from seed + i."""
     for i in range(count):
-        buffer = io.BytesIO()  # given a path, torch.save writes its name into the file
-        torch.save(noise_stream(seed, [i], (3, size, size))(), buffer)
-        with atomic(folder / f"{i:02d}.pt") as temporary:
-            temporary.write_bytes(buffer.getvalue())
+        save_checkpoint(noise_stream(seed, [i], (3, size, size))(), folder / f"{i:02d}.pt")
     print(f"wrote {count} noises of {size}x{size} to {folder}")
     return 0
 

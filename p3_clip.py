@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import pickle
 import warnings
-import zipfile
 
 import torch
 from PIL import Image
@@ -142,71 +140,8 @@ def save_clip(state, path):
 
 
 def _openai_state_dict(path):
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(n.endswith("/constants.pkl") for n in archive.namelist()):
-                return read_torchscript(archive, path)
     state = load_checkpoint(path)
     return state.get("state_dict", state) if isinstance(state, dict) else {}
-
-
-class _ScriptObject:
-    """Stands for any object of a TorchScript archive: keeps its attributes, has no code."""
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-
-
-def read_torchscript(archive, path):
-    """{name: tensor} of a TorchScript archive, an open ZipFile: only its data; torch.jit.load runs its program."""
-    root = archive.namelist()[0].split("/")[0]
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if module.split(".")[0] == "__torch__":
-                return _ScriptObject
-            if module == "torch" and name.endswith("Storage"):
-                return _storage_dtype(name)
-            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-                return lambda flat, offset, size, stride, *_: flat.as_strided(size, stride, offset)
-            if (module, name) == ("collections", "OrderedDict"):
-                return dict
-            if module == "torch.jit._pickle":
-                return lambda value, *_: value
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-        def persistent_load(self, key):
-            _, dtype, name, *_ = key
-            return torch.frombuffer(bytearray(archive.read(f"{root}/data/{name}")), dtype=dtype)
-
-    try:
-        with archive.open(f"{root}/data.pkl") as f:
-            module = Unpickler(f).load()
-        return dict(_tensors(module))
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        LookupError,
-        ValueError,
-        EOFError,
-        RuntimeError,
-        TypeError,
-        AttributeError,
-    ) as e:
-        raise UserError(f"{path}: a damaged or foreign TorchScript archive ({str(e)[:150]}); fetch it again") from None
-
-
-def _storage_dtype(name):
-    dtypes = {"Half": "float16", "Float": "float32", "Double": "float64", "Long": "int64", "Int": "int32"}
-    return getattr(torch, dtypes[name[: -len("Storage")]])
-
-
-def _tensors(module, prefix=""):
-    for name, value in vars(module).items():
-        if torch.is_tensor(value):
-            yield prefix + name, value
-        elif isinstance(value, _ScriptObject):
-            yield from _tensors(value, f"{prefix}{name}.")
 
 
 def _fetch(name):
@@ -281,13 +216,8 @@ def _from_transformers(folder):
         activation = part.get("hidden_act", "quick_gelu")
         if activation != "quick_gelu" or part.get("hidden_size", width) != 64 * part.get("num_attention_heads", heads):
             raise UserError(f"{folder}/config.json: not one of OpenAI's CLIP models (quick_gelu, 64 channels a head)")
-    if (folder / "model.safetensors").is_file():
-        from safetensors.torch import load_file
-
-        state = load_file(str(folder / "model.safetensors"))
-    else:
-        state = load_checkpoint(folder / "pytorch_model.bin")
-    return openai_names(state)
+    files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
+    return openai_names(load_checkpoint(files[0] if files[0].is_file() else files[1]))
 
 
 def openai_names(state):

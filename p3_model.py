@@ -13,14 +13,14 @@ import sys
 
 import torch
 
-from utils import UserError, noise_stream, reuse_freed_memory, to_uint8
+from utils import UserError, noise_stream, reuse_freed_memory, to_uint8  # isort: skip  puts ldm on the path
+
+from ldm import ModelError
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.modules.textual_inversion import LearnedTokens, read_embeddings
+from ldm.util import free_memory, load_model
 
 ROOT = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "stable-diffusion"))
-
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler  # noqa: E402
-from ldm.modules.textual_inversion import LearnedTokens, read_embeddings  # noqa: E402
-from ldm.util import ModelError, free_memory, load_model  # noqa: E402
 
 
 def add_model_options(parser):

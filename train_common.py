@@ -15,7 +15,16 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader, Dataset
 
-from utils import UserError, add_device_options, pick_precision, real, reuse_freed_memory, save_checkpoint, whole
+from utils import (
+    UserError,
+    add_device_options,
+    load_checkpoint,
+    pick_precision,
+    real,
+    reuse_freed_memory,
+    save_checkpoint,
+    whole,
+)
 
 
 def add_run_options(parser, out):
@@ -109,11 +118,15 @@ class Keep(pl.Callback):
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes beside the final name and renames: a full disk or a kill leaves the last.ckpt before it as it was."""
+    """Writes beside the final name and renames: a full disk or a kill leaves the last.ckpt before it as it was. Reads
+    without running code that a last.ckpt may carry."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None):
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(checkpoint, path)
+
+    def load_checkpoint(self, path, *args, **kwargs):
+        return load_checkpoint(path)
 
 
 class Batches(Dataset):

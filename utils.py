@@ -13,23 +13,20 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import random
 import signal
 import sys
-import types
-import warnings
-import zipfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "stable-diffusion"))
+from ldm import ModelError  # noqa: E402
+from ldm.checkpoint import atomic, is_finite, read_checkpoint, save_checkpoint  # noqa: E402, F401
 
-class UserError(argparse.ArgumentTypeError):
-    """Something the user can mend; the message is one line that names the file and the remedy. Raised by the `type` of
-    an option, argparse puts the option's name before it."""
+UserError = ModelError  # one kind of error: what the user can mend, told in one line
 
 
 def cli(main):
@@ -245,22 +242,6 @@ def autocast(device, dtype):
 # ------------------------------------------------------------------------ files
 
 
-@contextlib.contextmanager
-def atomic(path):
-    """Gives a temporary path beside `path`, renamed to it on success and removed on failure: no half-written file
-    stays. UserError names `path` where it cannot be written."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror or e}); free some space, or choose another") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
 def output_folder(path):
     """Makes the folder, and raises UserError where files cannot be written into it."""
     path = pathlib.Path(path)
@@ -344,131 +325,13 @@ def image_grid(images, columns, pad=2):
 
 # ------------------------------------------------------------------------ checkpoints
 
-_SAFE_GLOBALS = {
-    "collections": {"OrderedDict", "defaultdict"},
-    "torch._utils": {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"},
-    "torch": {
-        "Size",
-        "device",
-        "float16",
-        "float32",
-        "float64",
-        "bfloat16",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "uint8",
-        "bool",
-    },
-    "torch.serialization": {"_get_layout"},
-    "torch.nn.parameter": {"Parameter"},
-    "torch.storage": {"_TypedStorage", "TypedStorage", "UntypedStorage", "_UntypedStorage"},
-    "numpy": {"dtype", "ndarray", "float64", "float32", "int64", "int32"},
-    "numpy.core.multiarray": {"scalar", "_reconstruct"},
-    "numpy._core.multiarray": {"scalar", "_reconstruct"},
-    "_codecs": {"encode"},
-    "builtins": {"set", "frozenset", "slice", "complex", "int", "float", "bool", "str", "list", "dict", "tuple"},
-    "__builtin__": {"set"},
-    "copyreg": {"_reconstructor"},
-    "argparse": {"Namespace"},
-    "pathlib": {"PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
-}
-_IGNORED_PACKAGES = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "omegaconf"}
 
-
-class _Ignored:
-    """Stands for a trainer's object in a checkpoint: it is never imported, takes any state and keeps none."""
-
-    def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-    def __setitem__(self, key, value):
-        pass
-
-    def append(self, value):
-        pass
-
-    def extend(self, values):
-        pass
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    """Resolves only names that build tensors and plain containers, so that loading runs no code of the file."""
-
-    def find_class(self, module, name):
-        if name in _SAFE_GLOBALS.get(module, ()) or (module == "torch" and name.endswith("Storage")):
-            if module == "pathlib":
-                return pathlib.PurePosixPath
-            return super().find_class(module, name)
-        if module.split(".")[0] in _IGNORED_PACKAGES:
-            return _Ignored
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-_safe_pickle = types.ModuleType("safe_pickle")
-_safe_pickle.Unpickler = _SafeUnpickler
-_safe_pickle.UnpicklingError = pickle.UnpicklingError
-_safe_pickle.load = lambda f, **kwargs: _SafeUnpickler(f, **kwargs).load()
-
-
-def load_checkpoint(path, map_location="cpu"):
-    """Reads a torch or Lightning checkpoint, of torch 1.x or 2.x, without ever running code that it may carry.
-
-    torch.load's `weights_only` is missing before torch 1.13 and refuses Lightning's objects later, so the pickle is
-    read with an unpickler of our own: tensors, numbers, strings and containers are built, trainer objects become
-    empty stand-ins, and any other name (os.system, say) is refused. Raises UserError, in one line, for a missing,
-    truncated, foreign or hostile file.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
+def load_checkpoint(path):
+    """The content of a torch, Lightning, TorchScript or safetensors file, its tensors on the CPU; runs no code that the
+    file may carry. Raises UserError, in one line, for a missing, damaged, foreign or hostile one."""
+    if not pathlib.Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; `bash hw2_download_ckpt.sh` restores those of this project")
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(n.endswith("constants.pkl") for n in archive.namelist()):
-                    raise UserError(
-                        f"{path}: a TorchScript archive, not a checkpoint; save a state dict with torch.save instead"
-                    )
-        options = {"weights_only": False} if torch_version() >= (1, 13) else {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location=map_location, pickle_module=_safe_pickle, **options)
-    except pickle.UnpicklingError as e:
-        if "it asks for" in str(e):
-            raise UserError(
-                f"{path}: refused, the checkpoint would run code: {e}; get it from a source you trust"
-            ) from None
-        raise UserError(f"{path}: not a checkpoint, or a damaged one ({e}); fetch or train it again") from None
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        TypeError,
-        UnicodeDecodeError,
-        zipfile.BadZipFile,
-    ) as e:
-        reason = str(e).split("\n")[0][:120]
-        raise UserError(f"{path}: not a checkpoint, or a damaged one ({reason}); fetch or train it again") from None
-
-
-def save_checkpoint(checkpoint, path):
-    """torch.save to a temporary name, then renamed; raises UserError where it cannot be written."""
-    try:
-        with atomic(path) as temporary:
-            torch.save(checkpoint, temporary)
-    except RuntimeError as e:  # torch's own writer, on a full disk
-        raise UserError(f"{path}: could not be written ({e}); is the disk full?") from None
+    return read_checkpoint(path, lazy=False)
 
 
 def half(state_dict):
@@ -478,7 +341,7 @@ def half(state_dict):
 
 def load_weights(model, state_dict, path):
     """Strict load_state_dict of tensors of any precision; raises UserError naming the first key that is missing,
-    foreign or misshapen."""
+    foreign, misshapen or not finite."""
     own, net = model.state_dict(), type(model).__name__
     if not isinstance(state_dict, dict):
         raise UserError(f"{path}: its state_dict is none; it is no checkpoint")
@@ -490,6 +353,8 @@ def load_weights(model, state_dict, path):
         given, wanted = tuple(state_dict[key].shape), tuple(value.shape)
         if given != wanted:
             raise UserError(f"{path}: {key} has shape {given} where {net} has {wanted}; it is of another network")
+        if not is_finite(state_dict[key]):
+            raise UserError(f"{path}: {key} has NaN or infinity in it; fetch or train it again")
     foreign = [k for k in state_dict if k not in own]
     if foreign:
         raise UserError(f"{path}: the key {foreign[0]} is unknown; it is a checkpoint of another network than {net}")

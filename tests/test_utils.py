@@ -3,7 +3,6 @@
 import os
 import pickle
 import sys
-import zipfile
 
 import numpy as np
 import pytest
@@ -52,12 +51,10 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
-def test_old_format_parameters_and_numpy_numbers_are_read(tmp_path):
+def test_parameters_are_read_as_tensors(tmp_path):
     net = torch.nn.Linear(2, 2)
-    saved = {"state_dict": net.state_dict(), "p": net.weight, "loss": np.float64(0.5), "a": np.arange(3), "s": {1, 2}}
-    torch.save(saved, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    loaded = load_checkpoint(tmp_path / "old.pt")
-    assert torch.equal(loaded["p"], net.weight) and loaded["loss"] == 0.5 and loaded["a"].tolist() == [0, 1, 2]
+    torch.save({"state_dict": net.state_dict(), "p": net.weight}, tmp_path / "a.pt")
+    assert torch.equal(load_checkpoint(tmp_path / "a.pt")["p"], net.weight)
 
 
 class TrainerState:
@@ -92,11 +89,10 @@ class Hostile:
 
 
 @pytest.mark.parametrize("call", [(os.system, "touch pwned"), (eval, "open('pwned', 'w')"), (getattr, "x", "upper")])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch, call, zipped):
+def test_a_hostile_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": {}, "x": Hostile(*call)}, "evil.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match="evil.pt: refused, the checkpoint would run code"):
+    torch.save({"state_dict": {}, "x": Hostile(*call)}, "evil.pt")
+    with pytest.raises(UserError, match="evil.pt: refused, it would run"):
         load_checkpoint("evil.pt")
     assert os.listdir(tmp_path) == ["evil.pt"]
 
@@ -122,14 +118,6 @@ def test_missing_truncated_empty_and_foreign_files_are_one_clear_line(tmp_path):
         load_checkpoint(tmp_path / "gone.pt")
 
 
-def test_a_torchscript_archive_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "jit.pt", "w") as archive:
-        archive.writestr("jit/constants.pkl", b"")
-        archive.writestr("jit/data.pkl", b"")
-    with pytest.raises(UserError, match="TorchScript"):
-        load_checkpoint(tmp_path / "jit.pt")
-
-
 def test_loading_weights_names_the_first_wrong_key():
     net = torch.nn.Linear(2, 3)
     good = net.state_dict()
@@ -140,6 +128,8 @@ def test_loading_weights_names_the_first_wrong_key():
         load_weights(net, {"weight": torch.zeros(3, 5), "bias": good["bias"]}, "x.pt")
     with pytest.raises(UserError, match="the key extra is unknown"):
         load_weights(net, {**good, "extra": torch.zeros(1)}, "x.pt")
+    with pytest.raises(UserError, match="x.pt: bias has NaN or infinity"):
+        load_weights(net, {**good, "bias": torch.tensor([1, 2, float("nan")])}, "x.pt")
 
 
 # ------------------------------------------------------------------------ files

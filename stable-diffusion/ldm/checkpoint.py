@@ -1,213 +1,308 @@
-"""Reading checkpoints safely and in little memory.
+"""The one reader of checkpoints, made for files of strangers, and their writer.
 
-A torch checkpoint is a zip of a pickle, which may run any code when it is read, and of raw tensor data. The pickle is
-read here with an unpickler that builds only containers, numbers and descriptions of tensors; the tensors follow one by
-one, as they are asked for. Objects of trainers (Lightning, OmegaConf ...) become inert stand-ins: their packages are
-never imported.
+A torch checkpoint is a zip of a pickle and of raw numbers. pickle.load, and so torch.load, may run whatever the pickle
+names, and torch.jit.load a program beside it: no file is given to them. _Reader works the few instructions of pickle
+that plain data needs, and builds dicts, lists, tuples, sets, numbers, texts and tensors. Classes and functions are but
+names to it; objects of trainers (Lightning, OmegaConf ...) become inert, and their packages are not imported.
 """
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import hashlib
 import io
-import json
+import itertools
+import math
+import mmap
+import os
 import pathlib
-import pickle
+import pickletools
 import re
-import struct
 import zipfile
+import zlib
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from ldm.util import ModelError
+from ldm import ModelError
 
-# precision: (its name in torch's files, its name in safetensors)
-_NAMES = {
-    torch.float64: ("Double", "F64"),
-    torch.float32: ("Float", "F32"),
-    torch.float16: ("Half", "F16"),
-    torch.bfloat16: ("BFloat16", "BF16"),
-    torch.int64: ("Long", "I64"),
-    torch.int32: ("Int", "I32"),
-    torch.int16: ("Short", "I16"),
-    torch.int8: ("Char", "I8"),
-    torch.uint8: ("Byte", "U8"),
-    torch.bool: ("Bool", "BOOL"),
-}
-_DTYPES, _SAFETENSORS_DTYPES = ({names[i]: dtype for dtype, names in _NAMES.items()} for i in range(2))
+LARGE = 2**28  # bytes from which on a file is mapped, not read, and its sums are left to the download
+PICKLE_BYTES, PICKLE_STEPS, ITEMS, DEPTH = 2**24, 2_000_000, 1_000_000, 64  # the most that a pickle may have
+_STORAGES = "Double Float Half BFloat16 Long Int Short Char Byte Bool".split()
+_DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
+_DTYPES = {f"torch.{s}Storage": getattr(torch, d) for s, d in zip(_STORAGES, _DTYPES)}
+_REBUILD = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
+# names that checkpoints have; one with any other is refused
+_NAMES = re.compile(
+    r"(pytorch_lightning|lightning\w*|omegaconf|transformers|ldm|numpy|argparse|pathlib|typing|collections|_codecs"
+    r"|__torch__|torch\.nn|torch\.jit\._pickle)\..+"
+    r"|torch\.(\w+Storage|Size|device|_utils\._rebuild_(tensor|tensor_v2|parameter)|_tensor\._rebuild_from_type_v2)"
+    r"|(builtins|__builtin__)\.(set|frozenset|dict|list|tuple|int|float|bool|str|bytearray|complex|slice)"
+)
+# the instructions of pickle that checkpoints have: how many values they take from the stack (None: all since the mark)
+_LITERALS = set("BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES".split())
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "EMPTY_TUPLE": tuple}
+_TUPLES = {"TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_FILLS = {"APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None, "ADDITEMS": None}
+_CALLS = {"REDUCE": 2, "NEWOBJ": 2, "NEWOBJ_EX": 3}
+_TAKES = {**_TUPLES, **_FILLS, **_CALLS, "STACK_GLOBAL": 2, "BINPERSID": 1, "BUILD": 1, "POP": 1, "STOP": 1}
+_OTHERS = set("GLOBAL MARK PROTO FRAME BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET".split())
+
+
+class Refusal(Exception):
+    """What an honest checkpoint would not hold."""
+
+
+class Inert:
+    """Stands for a class or function, or an object of one: keeps its name and state, does nothing."""
+
+    def __init__(self, name):
+        self.name, self.state = name, None
 
 
 class StoredTensor:
     """A tensor that is still in its file; load() reads it."""
 
-    def __init__(self, read, dtype, shape, stride, offset):
-        self.read, self.dtype, self.shape, self.stride, self.offset = read, dtype, tuple(shape), tuple(stride), offset
+    def __init__(self, tensor, release=lambda: None):
+        self.tensor, self.dtype, self.shape, self.release = tensor, tensor.dtype, tuple(tensor.shape), release
 
-    def load(self):
-        if 0 in self.shape:
-            return torch.empty(self.shape, dtype=self.dtype)
-        flat = torch.frombuffer(self.read(), dtype=self.dtype)
-        return flat.as_strided(self.shape, self.stride, self.offset).contiguous()
-
-
-class Inert:
-    """Stands for an object whose class is not wanted: takes any argument, keeps the state, does nothing."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        self.state = state
-
-    def extend(self, *values):
-        pass
-
-    append = __setitem__ = extend
+    def load(self, device="cpu", dtype=None, layout=torch.contiguous_format):
+        """The tensor, straight to where and how it is wanted. One of a large file that needs no change is the file
+        itself, mapped: the file must not be overwritten in place while it is in use."""
+        wanted = self.tensor.to(device, dtype or self.dtype).contiguous(memory_format=layout)
+        if wanted is not self.tensor:
+            self.release()
+        return wanted
 
 
-def _rebuild_tensor(storage, offset, shape, stride, *unused):
-    return StoredTensor(*storage, shape, stride, offset)
+class _Reader:
+    """Reads a torch zip; `lazy`: with StoredTensor in place of its tensors."""
 
-
-def _rebuild_parameter(tensor, *unused):
-    return tensor
-
-
-def _rebuild_subclass(rebuild, tensor_class, arguments, state):
-    return rebuild(*arguments)
-
-
-_BUILT = {
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch", "Size"): tuple,
-    ("torch", "device"): Inert,
-    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_subclass,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("__builtin__", "set"): set,
-    **{("builtins", t.__name__): t for t in (dict, list, tuple, set, int, float, bool, str)},
-}
-_INERT_PACKAGES = {
-    "pytorch_lightning",
-    "lightning",
-    "lightning_fabric",
-    "lightning_utilities",
-    "omegaconf",
-    "numpy",
-    "argparse",
-    "pathlib",
-    "typing",
-    "transformers",
-    "ldm",
-    "collections",
-    "_codecs",
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file, open_storage):
-        super().__init__(file)
-        self.open_storage = open_storage
-
-    def persistent_load(self, pid):
-        _, dtype, key = pid[:3]
-        return (lambda: self.open_storage(key)), dtype
-
-    def find_class(self, module, name):
-        if (module, name) in _BUILT:
-            return _BUILT[module, name]
-        if module == "torch" and name.endswith("Storage") and name[:-7] in _DTYPES:
-            return _DTYPES[name[:-7]]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module.split(".")[0] in _INERT_PACKAGES or module.startswith("torch.nn."):
-            return Inert
-        raise pickle.UnpicklingError(f"it would run {module}.{name}")
-
-
-def read_checkpoint(path):
-    """The content of a torch (zip) or safetensors file, with StoredTensor in place of its tensors.
-
-    Raises ModelError, in one line, for a file that is missing, foreign, damaged, or would run code.
-    """
-    path = pathlib.Path(path)
-    try:
+    def __init__(self, path, lazy):
+        self.lazy, self.flats, self.stack, self.marks, self.memo = lazy, {}, [], [], {}
         with open(path, "rb") as f:
-            head = f.read(9)
-        if zipfile.is_zipfile(path):
-            return _read_zip(path)
-        if len(head) == 9 and head[8:] == b"{":
-            return _read_safetensors(path)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file; correct the path, or fetch it first") from None
-    except OSError as e:
-        raise ModelError(f"{path}: cannot be read ({e.strerror or e})") from None
-    except pickle.UnpicklingError as e:
-        if "it would run" in str(e):
-            raise ModelError(f"{path}: refused, {e} when opened; get the checkpoint from a source you trust") from None
-        raise ModelError(f"{path}: damaged ({e}); fetch it again") from None
-    except Exception as e:  # a damaged pickle may fail in any way at all
-        raise ModelError(f"{path}: damaged, or not a checkpoint ({type(e).__name__}: {str(e)[:80]})") from None
-    raise ModelError(f"{path}: neither a torch checkpoint (of 1.6 or newer) nor safetensors; a broken download?")
+            self.records = _records(f)
+            self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)  # private: writing leaves the file alone
+        self.large = len(self.map) >= LARGE
+        roots = [n[: -len("data.pkl")] for n in self.records if n.count("/") == 1 and n.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise ValueError("no data.pkl in the zip")
+        self.root = roots[0]
+        if self.root + "byteorder" in self.records and bytes(self.bytes("byteorder")) != b"little":
+            raise ValueError("its numbers are big-endian")
 
-
-def _read_zip(path):
-    archive = zipfile.ZipFile(path)
-    names = [n for n in archive.namelist() if n.split("/")[-1] == "data.pkl"]
-    if len(names) != 1:
-        raise ValueError("no data.pkl in the zip")
-    prefix = names[0][: -len("data.pkl")]
-
-    def open_storage(key):
-        info = archive.getinfo(f"{prefix}data/{key}")
-        data = bytearray(info.file_size)
-        with archive.open(info) as f:  # checks the record's CRC
-            f.readinto(data)
+    def bytes(self, name):
+        """A record, not copied."""
+        begin, info = self.records[self.root + name]
+        if info.compress_type or info.compress_size != info.file_size or info.flag_bits & 1:
+            raise Refusal(f"its {name} is compressed: torch.save it anew")
+        data = memoryview(self.map)[begin : begin + info.file_size]
+        if not (self.large and name.startswith("data/")) and zlib.crc32(data) != info.CRC:
+            raise ValueError(f"damaged at {name}")
         return data
 
-    return _Unpickler(io.BytesIO(archive.read(names[0])), open_storage).load()
+    def content(self):
+        """Runs the pickle; pickletools tells what each instruction means."""
+        data = self.bytes("data.pkl")
+        if len(data) > PICKLE_BYTES:
+            raise Refusal(f"its pickle has more than {PICKLE_BYTES} bytes")
+        file = io.BytesIO(data)
+        for _ in range(PICKLE_STEPS):
+            op = pickletools.code2op[file.read(1).decode("latin-1")]
+            if not any(op.name in known for known in (_LITERALS, _CONSTANTS, _EMPTY, _TAKES, _OTHERS)):
+                raise Refusal(f"its pickle has the instruction {op.name}")
+            argument = op.arg.reader(file) if op.arg else None
+            taken = self.take(_TAKES[op.name]) if op.name in _TAKES else []
+            if op.name == "STOP":
+                return _attributes(taken[0]) if isinstance(taken[0], Inert) else _bounded(taken[0])
+            self.step(op.name, argument, taken)
+        raise Refusal(f"its pickle has more than {PICKLE_STEPS} instructions")
+
+    def take(self, n):
+        if n is None:
+            taken, self.stack = self.stack, self.marks.pop()
+            return taken
+        if n > len(self.stack):
+            raise ValueError("its pickle is damaged")
+        return [self.stack.pop() for _ in range(n)][::-1]
+
+    def step(self, name, argument, taken):
+        if name in _LITERALS:
+            self.stack.append(argument)
+        elif name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            self.stack.append(_EMPTY[name]())
+        elif name in _TUPLES:
+            self.stack.append(tuple(taken))
+        elif name in _FILLS:
+            _fill(self.stack[-1], taken)
+        elif name in _CALLS:
+            self.stack.append(self.call(*taken[:2]))
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            self.stack.append(_named(".".join(taken or argument.split(" ", 1))))
+        elif name == "BINPERSID":
+            self.stack.append(self.storage(*taken[0]))
+        elif name == "BUILD" and isinstance(self.stack[-1], Inert):
+            self.stack[-1].state = taken[0]
+        elif name == "MARK":
+            self.marks.append(self.stack)
+            self.stack = []
+        elif name in ("BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo[argument])
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
+
+    def call(self, function, arguments):
+        """What a class or function of the file gives."""
+        if function.name in _REBUILD:
+            return self.tensor(*arguments[:4])
+        if function.name == "torch._tensor._rebuild_from_type_v2":
+            return self.call(arguments[0], arguments[2])
+        if function.name in ("torch._utils._rebuild_parameter", "torch.Size"):
+            return arguments[0]
+        return {} if function.name == "collections.OrderedDict" and not arguments else Inert(function.name)
+
+    def storage(self, kind, storage_class, key, device, numel, *_):
+        """(key, a record as a tensor [numel]); its size is checked."""
+        dtype = _DTYPES[storage_class.name]
+        if (key, dtype) not in self.flats:
+            data = self.bytes(f"data/{key}")
+            if not self.large or self.records[f"{self.root}data/{key}"][0] % 8:
+                data = bytearray(data)
+            self.flats[key, dtype] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        if len(self.flats[key, dtype]) != numel:
+            raise Refusal(f"its data/{key} is not of the size that the tensors in it want")
+        return key, self.flats[key, dtype]
+
+    def tensor(self, storage, offset, shape, stride):
+        key, flat = storage
+        if not all(type(n) is int and 0 <= n < 2**48 for n in (offset, *shape, *stride)) or len(shape) > 32:
+            raise Refusal("it has a tensor of impossible shape")
+        count = math.prod(shape)
+        reach = 1 + sum((n - 1) * s for n, s in zip(shape, stride)) if count else 0
+        if offset + reach > len(flat) or len(shape) != len(stride):
+            raise Refusal(f"it has a tensor beyond the end of its data/{key}")
+        if count > reach:
+            raise Refusal("it has a tensor that repeats its numbers: save it contiguous, not expanded")
+        tensor = flat.as_strided(shape, stride, offset)
+        return StoredTensor(tensor, lambda: self.release(key)) if self.lazy else tensor
+
+    def release(self, key):
+        """Takes a mapped record's pages out of memory; they would be read again."""
+        if self.large and hasattr(self.map, "madvise"):
+            begin, info = self.records[f"{self.root}data/{key}"]
+            first, last = -(-begin // mmap.PAGESIZE), (begin + info.file_size) // mmap.PAGESIZE
+            if first < last:
+                self.map.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
 
 
-def _read_safetensors(path):
-    with open(path, "rb") as f:
-        length = struct.unpack("<Q", f.read(8))[0]
-        if length > path.stat().st_size:
-            raise ValueError("header longer than the file")
-        header = json.loads(f.read(length))
-    header.pop("__metadata__", None)
+def _records(file):
+    """{name: (where its bytes begin, ZipInfo)} of a zip whose parts follow one another without gap or overlap, so that
+    no other reader could find others in it."""
+    with zipfile.ZipFile(file) as archive:
+        infos, directory = sorted(archive.infolist(), key=lambda i: i.header_offset), archive.start_dir
+    file.seek(-22, io.SEEK_END)
+    if file.read(4) != b"PK\5\6" or len({i.filename for i in infos}) != len(infos):
+        raise Refusal("its zip has two ends, or two records of one name")
+    records, end, gap = {}, 0, 0
+    for info in infos:
+        file.seek(info.header_offset)
+        header = file.read(30)
+        sizes = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+        name = file.read(sizes[0]).decode("utf-8" if info.flag_bits & 0x800 else "cp437")
+        if not 0 <= info.header_offset - end <= gap or name != info.orig_filename or header[:4] != b"PK\3\4":
+            raise Refusal("its zip has hidden or overlapping parts")
+        begin = info.header_offset + 30 + sum(sizes)
+        records[info.filename], end, gap = (begin, info), begin + info.compress_size, 24  # a data descriptor
+    if not 0 <= directory - end <= gap:
+        raise Refusal("its zip has hidden or overlapping parts")
+    return records
 
-    def reader(begin, end):
-        def read():
-            data = bytearray(end - begin)
-            with open(path, "rb") as f:
-                f.seek(8 + length + begin)
-                if f.readinto(data) != len(data):
-                    raise ValueError("truncated")
-            return data
 
-        return read
+def _named(name):
+    """A torch.dtype, or a stand-in that is no more than the name."""
+    dtype = getattr(torch, name[len("torch.") :], None) if name.startswith("torch.") else None
+    if not isinstance(dtype, torch.dtype) and not _NAMES.fullmatch(name):
+        raise Refusal(f"it would run {name[:80]} when opened")
+    return dtype if isinstance(dtype, torch.dtype) else Inert(name)
 
-    tensors = {}
-    for name, entry in header.items():
-        shape = entry["shape"]
-        stride = [1] * len(shape)
-        for i in reversed(range(len(shape) - 1)):
-            stride[i] = stride[i + 1] * shape[i + 1]
-        dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
-        tensors[name] = StoredTensor(reader(*entry["data_offsets"]), dtype, shape, stride, 0)
+
+def _fill(container, values):
+    """Appends to a list, or updates a dict or set with simple keys: others can be made to crash or to take forever."""
+    keys = values[::2] if isinstance(container, dict) else values
+    if isinstance(container, list):
+        container.extend(values)
+    elif not isinstance(container, Inert):
+        if not all(k is None or isinstance(k, (str, Inert)) or type(k) in (bool, int) and abs(k) < 2**31 for k in keys):
+            raise Refusal("it has a key that is neither a text nor a number")
+        container.update(zip(keys, values[1::2]) if isinstance(container, dict) else keys)
+
+
+def _bounded(content):
+    """The content, if it ends when it is written out: its parts may hold one another many times over."""
+    level = [content]
+    for _ in range(DEPTH):
+        inner = (c.values() if isinstance(c, dict) else c for c in level if isinstance(c, (dict, list, tuple, set)))
+        level = list(itertools.islice(itertools.chain.from_iterable(inner), ITEMS))
+        if not level:
+            return content
+        if len(level) == ITEMS:
+            break
+    raise Refusal(f"it is nested more than {DEPTH} deep, or holds more than {ITEMS} things")
+
+
+def _attributes(module):
+    """{dotted name: tensor} of a TorchScript module, as its state_dict() names them."""
+    tensors, todo, seen = {}, [("", module)], set()
+    while todo:
+        prefix, module = todo.pop()
+        if id(module) in seen or not isinstance(module.state, dict) or len(prefix) > 1000:
+            continue
+        seen.add(id(module))
+        todo += [(f"{prefix}{k}.", v) for k, v in module.state.items() if isinstance(v, Inert)]
+        tensors.update(
+            {f"{prefix}{k}": v for k, v in module.state.items() if isinstance(v, (StoredTensor, torch.Tensor))}
+        )
     return tensors
 
 
-def load_tensor(stored, name, path):
-    """stored.load(), with damage reported as ModelError."""
+def read_checkpoint(path, lazy=True):
+    """The content of a torch or safetensors file, with StoredTensor in place of its tensors unless `lazy` is False.
+    A TorchScript archive is read as its state dict.
+
+    Raises ModelError, in one line, for a file that is missing, foreign, damaged, or not honest.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; correct the path, or fetch it first")
     try:
-        return stored.load()
-    except Exception as e:  # CRC and size errors of zip and torch
-        raise ModelError(f"{path}: damaged at {name} ({str(e).splitlines()[0][:80]}); fetch it again") from None
+        with open(path, "rb") as f:
+            head = f.read(16)
+        if head.startswith(b"PK"):
+            return _Reader(path, lazy).content()
+        if head[8:9] == b"{":
+            return _read_safetensors(path, lazy)
+        if b"l\xfc\x9cF\xf9 j\xa8P" in head:
+            raise ValueError("written by torch before 1.6: load and torch.save it there with a newer one")
+        raise ValueError("neither a torch file nor safetensors")
+    except Refusal as e:
+        raise ModelError(f"{path}: refused, {e}; get it from a source you trust") from None
+    except Exception as e:  # damage may fail in any way at all
+        reason = " ".join(str(e).split())[:120] or type(e).__name__
+        raise ModelError(f"{path}: not a checkpoint, or a damaged one ({reason}); fetch or make it again") from None
+
+
+def _read_safetensors(path, lazy):
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as f:
+        tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  mapped
+    if path.stat().st_size < LARGE:
+        tensors = {k: v.clone() for k, v in tensors.items()}
+    return {k: StoredTensor(v) for k, v in tensors.items()} if lazy else tensors
 
 
 def read_state_dict(path):
@@ -224,16 +319,16 @@ def load_weights(model, stored, path, device="cpu", dtype=torch.float32):
     """Puts read_state_dict(path) into a LatentDiffusion, one tensor at a time, and moves it to `device`.
     U-Net and autoencoder become `dtype`, convolutions in channels_last; the rest keeps its precision. What the file has
     beyond the model is left out; where it has embeddings of `known_words` alone (their ids, [n]), other words get their
-    mean. ModelError where it lacks a weight, or one has another shape.
+    mean. ModelError where it lacks a weight, or one has another shape or is not finite.
     """
-    own = model.state_dict(keep_vars=True)
+    own, places = model.state_dict(keep_vars=True), set()
     text = "cond_stage_model.transformer."
-    stored = {re.sub(rf"^{text}(?!text_model\.)", f"{text}text_model.", k): v for k, v in stored.items()}
+    stored = {re.sub(rf"^{text}(?!text_model\.)", f"{text}text_model.", str(k)): v for k, v in stored.items()}
     table, known = f"{text}text_model.embeddings.token_embedding.weight", stored.pop("known_words", None)
     if known is not None and table in stored:
-        rows, known = load_tensor(stored.pop(table), table, path), load_tensor(known, "known_words", path).long()
+        rows = stored.pop(table).load(dtype=torch.float32)
         try:
-            own.pop(table).data.copy_(rows.float().mean(0))[known] = rows.float()
+            own.pop(table).data.copy_(rows.mean(0))[known.load(dtype=torch.int64)] = rows
         except (IndexError, RuntimeError):
             raise ModelError(f"{path}: {table} and known_words do not fit the model in this config") from None
     may_lack = set(model.schedule_names) | {k for k in own if k.endswith("position_ids")}
@@ -243,14 +338,47 @@ def load_weights(model, stored, path, device="cpu", dtype=torch.float32):
         if name in stored and stored[name].shape != tuple(target.shape):
             raise ModelError(f"{path}: {name} is {list(stored[name].shape)} where the config says {list(target.shape)}")
     for name in tqdm([n for n in own if n in stored], desc=f"loading {pathlib.Path(path).name}", leave=False, delay=2):
-        tensor, target = load_tensor(stored[name], name, path), own[name]
-        wanted = dtype if name.startswith(("model.", "first_stage_model.")) else target.dtype
-        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-        target.data = tensor.to(device, wanted).contiguous(memory_format=layout)
+        wanted = dtype if name.startswith(("model.", "first_stage_model.")) else own[name].dtype
+        layout = torch.channels_last if own[name].dim() == 4 else torch.contiguous_format
+        tensor = stored[name].load(device, wanted, layout)
+        if not is_finite(tensor):
+            raise ModelError(f"{path}: {name} has NaN or infinity in it; fetch or train it again")
+        own[name].data = tensor.clone() if tensor.data_ptr() in places else tensor  # not one memory for two weights
+        places.add(tensor.data_ptr())
     return model
+
+
+def is_finite(tensor):
+    """Whether it has neither NaN nor infinity: a finite sum tells quickly, an infinite one may be of large numbers."""
+    return not tensor.is_floating_point() or bool(tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all())
 
 
 def fingerprint(module):
     """Sixteen hexadecimal digits that name a text encoder's weights, the same in float32 and float16."""
     rows = [m.weight.detach()[:64] for m in module.modules() if isinstance(m, nn.Embedding)]
     return hashlib.sha256(b"".join(r.half().cpu().numpy().tobytes() for r in rows)).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Gives a temporary path beside `path`, renamed to it on success and removed on failure: no half-written file
+    stays. ModelError names `path` where it cannot be written."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as e:
+        raise ModelError(f"{path}: cannot be written ({e.strerror or e}); free some space, or choose another") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def save_checkpoint(content, path):
+    """torch.save to a temporary name, then renamed. The same content gives the same bytes."""
+    try:
+        with atomic(path) as temporary, open(temporary, "wb") as f:  # given a name, torch.save writes it into the file
+            torch.save(content, f)
+    except RuntimeError as e:  # torch's own writer, on a full disk
+        raise ModelError(f"{path}: could not be written ({e}); is the disk full?") from None

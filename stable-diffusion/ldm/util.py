@@ -6,35 +6,47 @@ model = load_model("configs/stable-diffusion/v1-inference.yaml", "model.ckpt", d
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import importlib
 import pathlib
 
 import torch
 from torch import nn
 
+from ldm import ModelError
+from ldm.checkpoint import load_weights, read_checkpoint, read_state_dict
 from ldm.compat import count_params, default, exists  # noqa: F401  where CompVis's code has them
 
 CONFIGS = {path.stem: path for path in pathlib.Path(__file__).resolve().parents[1].glob("configs/*/*.yaml")}
+TORCH_TARGETS = {"torch.nn.Identity"}  # CompVis's configs have it as lossconfig
+_trust = contextvars.ContextVar("trust", default=False)
 
 
-class ModelError(Exception):
-    """Something the user can mend: the message is one line that names the file and the remedy."""
-
-
-def get_obj_from_str(path):
-    """The object that a dotted path such as "ldm.models.autoencoder.AutoencoderKL" names."""
-    module, _, name = path.rpartition(".")
+def get_obj_from_str(path, trust=False):
+    """What a dotted path such as "ldm.models.autoencoder.AutoencoderKL" names: a class of ldm or torch.nn.Identity,
+    since a config may come from anyone. With `trust`, anything that Python can import."""
+    module, _, name = str(path).rpartition(".")
+    if not trust and module.split(".")[0] != "ldm" and path not in TORCH_TARGETS:
+        raise ModelError(f"target {path!r}: not a class of ldm; for one you trust, instantiate_from_config(trust=True)")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as e:
         raise ModelError(f"target {path!r}: cannot be imported ({e}); correct the config") from None
+    if not trust and not (isinstance(found, type) and found.__module__.split(".")[0] in ("ldm", "torch")):
+        raise ModelError(f"target {path!r}: not a class of ldm; correct the config")
+    return found
 
 
-def instantiate_from_config(config):
-    """Calls config["target"] with the keywords config["params"]."""
+def instantiate_from_config(config, trust=False):
+    """Calls config["target"] with the keywords config["params"]; `trust` (see get_obj_from_str) holds for the targets
+    inside these too."""
     if "target" not in config:
         raise ModelError(f"config without a `target`: {str(config)[:80]}")
-    return get_obj_from_str(config["target"])(**(config.get("params") or {}))
+    before = _trust.set(trust or _trust.get())
+    try:
+        return get_obj_from_str(config["target"], _trust.get())(**(config.get("params") or {}))
+    finally:
+        _trust.reset(before)
 
 
 def read_config(path):
@@ -58,8 +70,6 @@ def load_model(config, ckpt, device="cpu", dtype=torch.float32):
     Network and autoencoder are in `dtype`, the text encoder in float32, which learned embeddings want. Weights go
     tensor by tensor from the file to their place: memory peaks at the model's own size.
     """
-    from ldm.checkpoint import load_weights, read_checkpoint, read_state_dict
-
     stored = read_state_dict(ckpt)  # first: its errors come at once
     if config is None:
         config = CONFIGS.get(str(read_checkpoint(ckpt).get("config")), CONFIGS["v1-inference"])

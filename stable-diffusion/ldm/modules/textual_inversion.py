@@ -9,7 +9,6 @@ LearnedTokens(model.cond_stage_model).load("new1.pt")               # prompts ma
 
 from __future__ import annotations
 
-import os
 import pathlib
 import re
 import warnings
@@ -19,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AddedToken
 
-from ldm.checkpoint import StoredTensor, fingerprint, load_tensor, read_checkpoint
-from ldm.util import ModelError
+from ldm import ModelError
+from ldm.checkpoint import StoredTensor, fingerprint, read_checkpoint, save_checkpoint
 
 METADATA = ("init_word", "base_model", "step", "scores")
 
@@ -137,20 +136,13 @@ class LearnedTokens(nn.Module):
         `metadata` is written as it is, as is what was given to `add`; `base_model` is filled in. The layout is that of
         diffusers' learned_embeds.bin, with more entries.
         """
-        path = pathlib.Path(path)
         tokens = self.tokens if tokens is None else list(tokens)
         content = {token: self[token].detach().float().cpu().clone() for token in tokens}
-        for key in {key for token in tokens for key in self.metadata[token]}:
+        for key in dict.fromkeys(key for token in tokens for key in self.metadata[token]):
             values = {token: self.metadata[token][key] for token in tokens if key in self.metadata[token]}
             content[key] = values if len(tokens) > 1 else values[tokens[0]]
         content.update({"base_model": self.base_model, **metadata})
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            torch.save(content, temporary)
-            os.replace(temporary, path)
-        finally:
-            if temporary.exists():
-                temporary.unlink()
+        save_checkpoint(content, path)
 
     def load(self, path, token=None):
         """Adds the placeholders of a file (see read_embeddings), its only one as `token` if given: their names."""
@@ -189,7 +181,7 @@ def read_embeddings(path):
     if len(found) == 1 and (set(found) == {"emb_params"} or "name" in content):
         name = content.get("name")
         found = {name if isinstance(name, str) and name else pathlib.Path(path).stem: v for v in found.values()}
-    embeddings = {token: load_tensor(stored, token, path).float() for token, stored in found.items()}
+    embeddings = {token: stored.load(dtype=torch.float32) for token, stored in found.items()}
     embeddings = {token: v[None] if v.dim() == 1 else v for token, v in embeddings.items()}
     if not embeddings or any(v.dim() != 2 for v in embeddings.values()):
         raise ModelError(f"{path}: not an embedding file (ours, diffusers', automatic1111's or rinongal's)")

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm.checkpoint import load_tensor, read_state_dict
-from ldm.util import ModelError
+from ldm import ModelError
+from ldm.checkpoint import read_state_dict
 
 # OpenAI's text models (Radford et al. 2021, table 20)
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -76,7 +76,7 @@ class FrozenCLIPEmbedder(nn.Module):
         for name, stored in read_state_dict(path).items() if path else ():
             name = "transformer." + (name if name.startswith("text_model.") else "text_model." + name)
             if name in own and stored.shape == tuple(own[name].shape):
-                own[name].data.copy_(load_tensor(stored, name, path))
+                own[name].data.copy_(stored.load())
 
 
 class TextModel(CLIPTextModel):
