@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ldm import ModelError
 
 LARGE = 2**28  # bytes from which on a file is mapped, not read, and its sums are left to the download
-PICKLE_BYTES, PICKLE_STEPS, ITEMS, DEPTH = 2**24, 2_000_000, 1_000_000, 64  # the most that a pickle may have
+PICKLE_BYTES, PICKLE_STEPS, ITEMS, DEPTH = 2**24, 1_000_000, 1_000_000, 64  # the most that a pickle may have
 _STORAGES = "Double Float Half BFloat16 Long Int Short Char Byte Bool".split()
 _DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
 _DTYPES = {f"torch.{s}Storage": getattr(torch, d) for s, d in zip(_STORAGES, _DTYPES)}
@@ -48,7 +48,8 @@ _TUPLES = {"TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _FILLS = {"APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None, "ADDITEMS": None}
 _CALLS = {"REDUCE": 2, "NEWOBJ": 2, "NEWOBJ_EX": 3}
 _TAKES = {**_TUPLES, **_FILLS, **_CALLS, "STACK_GLOBAL": 2, "BINPERSID": 1, "BUILD": 1, "POP": 1, "STOP": 1}
-_OTHERS = set("GLOBAL MARK PROTO FRAME BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET".split())
+_MEMO = set("BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET".split())
+_KNOWN = {"GLOBAL", "MARK", "PROTO", "FRAME", *_LITERALS, *_CONSTANTS, *_EMPTY, *_TAKES, *_MEMO}
 
 
 class Refusal(Exception):
@@ -111,7 +112,7 @@ class _Reader:
         file = io.BytesIO(data)
         for _ in range(PICKLE_STEPS):
             op = pickletools.code2op[file.read(1).decode("latin-1")]
-            if not any(op.name in known for known in (_LITERALS, _CONSTANTS, _EMPTY, _TAKES, _OTHERS)):
+            if op.name not in _KNOWN:
                 raise Refusal(f"its pickle has the instruction {op.name}")
             argument = op.arg.reader(file) if op.arg else None
             taken = self.take(_TAKES[op.name]) if op.name in _TAKES else []
@@ -152,7 +153,7 @@ class _Reader:
             self.stack = []
         elif name in ("BINGET", "LONG_BINGET"):
             self.stack.append(self.memo[argument])
-        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+        elif name in _MEMO:
             self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
 
     def call(self, function, arguments):
