@@ -29,6 +29,7 @@ from utils import (
     Parser,
     UserError,
     add_device_options,
+    affine_grid,
     autocast,
     cli,
     half,
@@ -104,17 +105,8 @@ def augment(x, strong):
     def u(low, high, *shape):
         return torch.rand(b, *shape, device=device) * (high - low) + low
 
-    angle, zoom = u(-0.2, 0.2), u(0.85, 1.15)
-    matrix = torch.stack(
-        [
-            torch.stack([angle.cos() * zoom * u(0.9, 1.1), -angle.sin(), u(-0.12, 0.12)], dim=1),
-            torch.stack([angle.sin(), angle.cos() * zoom, u(-0.12, 0.12)], dim=1),
-        ],
-        dim=1,
-    )
-    x = F.grid_sample(
-        x, F.affine_grid(matrix, x.shape, align_corners=False), padding_mode="reflection", align_corners=False
-    )
+    grid = affine_grid(x, u(-0.2, 0.2), u(0.85, 1.15, 1) * u(0.95, 1.05, 2), u(-0.12, 0.12, 2))
+    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     if strong:
         x = x * u(0.5, 1.3, 3, 1, 1) + u(-0.3, 0.3, 1, 1, 1) + u(-0.1, 0.1, 3, 1, 1)
         x = torch.where(u(0, 1, 1, 1, 1) < 0.3, -x, x)

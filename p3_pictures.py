@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from p3_clip import openai_clip
-from utils import UserError, to_float
+from utils import UserError, affine_grid, to_float
 
 # What captions may say, and how: {subject} with its article, {style}. The first is the one of previews and benchmarks.
 CAPTIONS = [
@@ -65,9 +65,7 @@ def moved(x):
     """Images [B, C, H, W] in [-1, 1], each a little turned (8 degrees), shrunk or grown (15 %) and shifted (6 %), on
     white."""
     turn, size, shift = ((torch.rand(len(x), k) * 2 - 1) * most for k, most in ((1, 0.14), (1, 0.15), (2, 0.12)))
-    cos, sin = turn.cos() * (1 + size), turn.sin() * (1 + size)
-    theta = torch.stack([torch.cat([cos, -sin, shift[:, :1]], 1), torch.cat([sin, cos, shift[:, 1:]], 1)], 1)
-    grid = F.affine_grid(theta.to(x), list(x.shape), align_corners=False)
+    grid = affine_grid(x, turn[:, 0], 1 + size.expand(-1, 2), shift)
     return F.grid_sample(x - 1, grid, align_corners=False) + 1
 
 

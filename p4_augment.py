@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from utils import affine_grid
+
 # Ranges of zoom in x and y: a digit fills 20 of MNIST-M's 28 pixels, and nearly all of the height of the others'.
 SOURCE_ZOOM = ((0.7, 1.4), (0.9, 1.5))
 TARGET_ZOOM = ((0.85, 1.15), (0.9, 1.15))
@@ -29,11 +31,8 @@ def move(x, zoom, crowd):
     """Rotation by 15 degrees, shear 0.2, shift 3 pixels, zoom in each direction. Beyond the edge lies the edge's
     colour, or in a part `crowd` of the pictures another of the batch, as house numbers have neighbours."""
     angle, shear = uniform(x, -0.26, 0.26), uniform(x, -0.2, 0.2)
-    rows = [
-        torch.stack([angle.cos(), shear - angle.sin(), uniform(x, -0.2, 0.2)], 1) / uniform(x, *zoom[0], 1),
-        torch.stack([angle.sin(), angle.cos(), uniform(x, -0.2, 0.2)], 1) / uniform(x, *zoom[1], 1),
-    ]
-    grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)  # [B, 28, 28, (x, y)]
+    dx, zoom_x, dy, zoom_y = (uniform(x, *low_high) for low_high in ((-0.2, 0.2), zoom[0], (-0.2, 0.2), zoom[1]))
+    grid = affine_grid(x, angle, torch.stack([zoom_x, zoom_y], 1), torch.stack([dx, dy], 1), shear)
     if crowd:
         wide = torch.cat([x.roll(1, 0)[..., :24], x, x.roll(2, 0)[..., 4:]], 3)  # [B, 3, 28, 24 + 28 + 24]
         alone = uniform(x, 0, 1, 1, 1, 1) > crowd

@@ -312,6 +312,14 @@ def to_uint8(x):
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def affine_grid(x, turn, zoom, shift, shear=0.0):
+    """F.grid_sample's grid [B, H, W, 2] of pictures x [B, C, H, W], each turned by its `turn` [B] (radians), zoomed by
+    its `zoom` [B, 2] in x and y and moved by its `shift` [B, 2], where 2 is the whole side."""
+    rows = [turn.cos(), shear - turn.sin(), shift[:, 0]], [turn.sin(), turn.cos(), shift[:, 1]]
+    theta = torch.stack([torch.stack(row, 1) for row in rows], 1) / zoom[:, :, None]
+    return F.affine_grid(theta.to(x), list(x.shape), align_corners=False)
+
+
 def image_grid(images, columns, pad=2):
     """uint8 [N, 3, H, W] -> one uint8 picture [3, rows*(H+pad)+pad, columns*(W+pad)+pad] on white, row by row."""
     n, c, h, w = images.shape
