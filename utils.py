@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import json
 import math
@@ -25,6 +24,7 @@ from PIL import Image, ImageOps
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "stable-diffusion"))
 from ldm import ModelError  # noqa: E402
 from ldm.checkpoint import atomic, is_finite, read_checkpoint, save_checkpoint  # noqa: E402, F401
+from ldm.util import cpu_has_fast_bf16, noise_stream, reuse_freed_memory, torch_version  # noqa: E402, F401
 
 UserError = ModelError  # one kind of error: what the user can mend, told in one line
 
@@ -144,16 +144,6 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
-def noise_stream(seed, indices, shape, device="cpu"):
-    """A function that draws standard normal noise [len(indices), *shape], each picture from its own CPU generator.
-
-    Picture i uses the seed `seed + i`, so that it is the same on any device and in any batch. The first call gives
-    x_T, later calls the noise of a stochastic sampler's steps.
-    """
-    generators = [torch.Generator().manual_seed(seed + int(i)) for i in indices]
-    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-
-
 # ------------------------------------------------------------------------ device and precision
 
 
@@ -172,22 +162,6 @@ def pick_device(name="auto"):
     return device if device.type != "cpu" else torch.device("cpu")
 
 
-@functools.lru_cache(maxsize=None)
-def cpu_has_fast_bf16():
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX, or AVX-512 BF16) and this torch uses it."""
-    if torch_version() < (2, 0):
-        return False
-    try:
-        flags = pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
-
-
-def torch_version():
-    return tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
-
-
 def pick_precision(name, device):
     """torch dtype of the heavy arithmetic. "auto": fp16 on GPUs, bf16 on CPUs with matrix units for it, else fp32."""
     if name == "auto":
@@ -200,18 +174,6 @@ def pick_precision(name, device):
     if name == "bf16" and device.type == "cpu" and torch_version() < (2, 0):
         raise UserError("--precision bf16 on a CPU needs torch 2.0 or newer; take fp32")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def reuse_freed_memory():
-    """Has glibc keep large freed blocks for the next layer, instead of giving them back to the system and having
-    them zeroed and mapped anew: 15 % of the face U-Net's time on a CPU, a fifth of a training step of Problem 1.
-
-    Without glibc, nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block in a mapping of its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def fast_layout(device, dtype):

@@ -11,7 +11,7 @@ from ldm.models.diffusion.ddim import DDIMSampler, ddim
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler, dpm_solver_pp
 from ldm.modules import attention
 from ldm.modules.diffusionmodules.openaimodel import timestep_embedding
-from ldm.util import seeded_noise
+from ldm.util import noise_stream
 
 ABAR = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, dim=0)
 
@@ -103,7 +103,7 @@ def test_batch_size_does_not_change_a_picture(model, sampler, eta):
             c,
             eta=eta,
             verbose=False,
-            noise=seeded_noise(5, indices, (4, 8, 8)),
+            noise=noise_stream(5, indices, (4, 8, 8)),
             unconditional_conditioning=uc,
             unconditional_guidance_scale=3.0,
         )

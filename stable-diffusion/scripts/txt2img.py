@@ -8,9 +8,6 @@ Writes OUTDIR/samples/00000.png ... and OUTDIR/grid-0000.png. Picture i has the 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
-import os
 import pathlib
 import sys
 
@@ -22,10 +19,11 @@ from tqdm import trange
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from ldm.checkpoint import atomic  # noqa: E402
 from ldm.models.diffusion.ddim import DDIMSampler  # noqa: E402
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler  # noqa: E402
 from ldm.modules.textual_inversion import LearnedTokens  # noqa: E402
-from ldm.util import ModelError, load_model, seeded_noise  # noqa: E402
+from ldm.util import ModelError, cpu_has_fast_bf16, load_model, noise_stream, reuse_freed_memory  # noqa: E402
 
 CKPT = "models/ldm/stable-diffusion-v1/model.ckpt", "ldm/models/stable-diffusion-v1/model.ckpt"  # places under ROOT
 
@@ -65,13 +63,9 @@ def parse_args(argv=None):
 
 
 def pick_dtype(precision, device):
-    if precision == "full":
-        return torch.float32
-    if device.startswith("cuda"):
+    if precision == "autocast" and device.startswith("cuda"):
         return torch.float16
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    fast = cpuinfo.exists() and any(flag in cpuinfo.read_text() for flag in ("amx_bf16", "avx512_bf16"))
-    return torch.bfloat16 if fast and hasattr(torch.nn.functional, "scaled_dot_product_attention") else torch.float32
+    return torch.bfloat16 if precision == "autocast" and device == "cpu" and cpu_has_fast_bf16() else torch.float32
 
 
 def batches(opt):
@@ -100,14 +94,6 @@ def check(opt):
         raise ModelError(f"{opt.ckpt or ROOT / CKPT[0]}: no such checkpoint; fetch sd-v1-4.ckpt, or give --ckpt FILE")
 
 
-def keep_freed_memory():
-    """Has glibc hand freed blocks to the next layer, rather than map and zero new pages: a tenth of a CPU's time."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block in a mapping of its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
-
-
 def watermarker():
     """Marks a uint8 picture [H, W, 3] as machine-made, where the package invisible-watermark is installed."""
     try:
@@ -120,9 +106,8 @@ def watermarker():
 
 
 def save(image, path):
-    temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(np.ascontiguousarray(image)).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with atomic(path) as temporary:
+        Image.fromarray(np.ascontiguousarray(image)).save(temporary, format="PNG")
 
 
 def next_number(folder, prefix=""):
@@ -148,7 +133,7 @@ def generate(model, opt):
         if opt.fixed_code:
             done = 0
         for prompts in batches(opt):
-            noise = seeded_noise(opt.seed, range(done, done + len(prompts)), shape)
+            noise = noise_stream(opt.seed, range(done, done + len(prompts)), shape)
             uc = model.get_learned_conditioning([""] * len(prompts)) if opt.scale != 1.0 else None
             latents, _ = sampler.sample(
                 opt.ddim_steps,
@@ -172,7 +157,7 @@ def run(opt):
     samples = pathlib.Path(opt.outdir) / "samples"
     samples.mkdir(parents=True, exist_ok=True)
     model = load_model(opt.config, opt.ckpt, opt.device, pick_dtype(opt.precision, opt.device))
-    keep_freed_memory()
+    reuse_freed_memory()
     tokens = LearnedTokens(model.cond_stage_model)
     for path in opt.embedding_path:
         print(f"{path}: {', '.join(tokens.load(path))}")
