@@ -10,7 +10,6 @@ clamped to [-1, 1]; each picture stretched from its own minimum and maximum to [
 
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 
@@ -39,6 +38,7 @@ from utils import (
     real,
     reuse_freed_memory,
     save_checkpoint,
+    save_json,
     save_png,
     to_uint8,
     whole,
@@ -58,7 +58,7 @@ def parse(argv=None):
     option("unet", nargs="?", help="the network: the course's UNet.pt, or a checkpoint of p2_train.py")
     option("--eta", type=real(0, 1), default=0.0, help="0 deterministic ... 1 as random as DDPM (default: 0)")
     option("--steps", type=divisor, default=50, help="a divisor of 1000, at most 500 (default: 50)")
-    option("--gt", metavar="DIR", help="compares with DIR/{stem}.png; exit code 1 where the mean MSE is 20 or more")
+    option("--gt", metavar="DIR", help="compares with DIR/{stem}.png, in OUT/errors.json; exit code 1 at 20 on average")
     option("--eta-grid", metavar="FILE", help="also a sheet: rows eta 0, 0.25 ... 1, columns the first four noises")
     option("--interpolate", choices=["slerp", "linear"], help="also a sheet, --grid: one row, alpha 0, 0.1 ... 1")
     option("--between", nargs=2, default=["00", "01"], metavar="STEM", help="its two ends (default: 00 01)")
@@ -96,14 +96,14 @@ def main(argv=None):
     sampler = Sampler(args)
     out = output_folder(args.out)
     sheets = [output_file(f) for f in (args.eta_grid, args.grid) if f]
-    errors = []
+    errors = {}
     for stem, picture in zip(noises, sampler(list(noises.values()), args.eta, "pictures")):
         path = out / f"{stem}.png"
         with atomic(path) as temporary:
             save_image(picture, temporary, format="PNG", normalize=True)
         if truths:
-            errors.append(squared_error(path, truths[stem]))
-            tqdm.write(f"{stem}: mean squared error {errors[-1]:.4f}", file=sys.stdout)
+            errors[stem] = squared_error(path, truths[stem])
+            tqdm.write(f"{stem}: mean squared error {errors[stem]:.4f}", file=sys.stdout)
     if args.eta_grid:
         write_eta_sheet(sampler, list(noises.values())[:4], sheets[0])
     if args.interpolate:
@@ -113,8 +113,9 @@ def main(argv=None):
     if not truths:
         print(wrote)
         return 0
-    mean = float(np.mean(errors))
+    mean = float(np.mean(list(errors.values())))
     passed = mean < MSE_BOUND
+    save_json({"errors": errors, "mean": mean, "bound": MSE_BOUND}, out / "errors.json")
     print(f"{wrote}; mean squared error {mean:.4f}, {'under' if passed else 'NOT UNDER'} the course's {MSE_BOUND:g}")
     return 0 if passed else 1
 
@@ -198,8 +199,7 @@ def write_interpolation(sampler, a, b, kind, eta, path):
         "norms": [round(float(x.norm() / a.norm()), 2) for x in noises],
         "contrasts": [round(float(x.float().std())) for x in pictures],
     }
-    with atomic(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(told) + "\n")
+    save_json(told, path.with_suffix(".json"))
     for name in ("norms", "contrasts"):
         print(f"{kind}: {name} {' '.join(map(str, told[name]))}")
 

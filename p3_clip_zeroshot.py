@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import pathlib
 import random
 
@@ -19,7 +20,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from p3_clip import load_clip
-from utils import UserError, add_device_options, atomic, autocast, cli, output_folder, pick_device, pick_precision
+from utils import (
+    UserError,
+    add_device_options,
+    atomic,
+    autocast,
+    cli,
+    output_folder,
+    pick_device,
+    pick_precision,
+    save_json,
+)
 
 # The 18 templates of the CLIP paper for CIFAR-10 and CIFAR-100, 32x32 pictures as here (openai/CLIP, data/prompts.md).
 LOOKS = ["", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good "]
@@ -93,6 +104,7 @@ def summary(rows, args, templates):
     return {
         "model": args.model,
         "templates": templates,
+        "pictures": os.path.relpath(pathlib.Path(args.data, "val"), args.out),
         "images": len(rows),
         "accuracy": sum(r["right"] for r in rows) / len(rows),
         "per_class": {name: sum(hits) / len(hits) for name, hits in per_class.items()},
@@ -129,10 +141,11 @@ def main():
     ]
     draw = random.Random(args.seed)
     sides = [[r for r in rows if r["right"] == side] for side in (True, False)]
-    save_examples([draw.sample(side, min(5, len(side))) for side in sides], out)
+    examples = [draw.sample(side, min(5, len(side))) for side in sides]
+    save_examples(examples, out)
     result = summary(rows, args, templates)
-    with atomic(out / "zeroshot.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1))
+    result["examples"] = [row["file"] for row in examples[0] + examples[1]]
+    save_json(result, out / "zeroshot.json")
     for name, accuracy in sorted(result["per_class"].items(), key=lambda item: -item[1]):
         print(f"{name:16s} {accuracy:.1%}")
     print(f"accuracy {result['accuracy']:.2%} ({len(sides[0])} of {len(rows)})")

@@ -30,6 +30,7 @@ from utils import (
     output_file,
     pick_precision,
     reuse_freed_memory,
+    save_json,
     whole,
 )
 
@@ -87,7 +88,7 @@ def parse(argv):
     modes = ["source", "dann", "refined", "target"]
     option("--mode", choices=modes, help="the training (default: refined for svhn, source for usps)")
     option("--checkpoint", help="default: checkpoints/p4_{target}_{mode}.pt")
-    option("--gt", metavar="CSV", help="prints the accuracy on the pictures that it names")
+    option("--gt", metavar="CSV", help="the accuracy on the pictures that it names, also in OUTPUT_CSV's .json")
     option("--held-back", action="store_true", help="only on those that p4_train.py holds back of a train.csv")
     option("--batch-size", type=whole(), default=500, help="changes the speed, not the labels (default: 500)")
     add_device_options(parser)
@@ -116,7 +117,10 @@ def main(argv=None):
     score = accuracy(names, labels, args.gt, fraction) if args.gt else None
     write_labels(args.csv, names, labels)
     if score:
-        print(f"accuracy {score[0] / score[1]:.4f} ({score[0]}/{score[1]})")
+        right, known = score
+        told = {"target": target, "mode": mode, "right": right, "known": known}
+        save_json(told, pathlib.Path(args.csv).with_suffix(".json"))
+        print(f"accuracy {right / known:.4f} ({right}/{known})")
     print(f"wrote {len(names)} labels ({target}, {mode}) to {args.csv}")
 
 

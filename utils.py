@@ -269,6 +269,12 @@ def to_float(images):
     return images.float() / 127.5 - 1
 
 
+def save_json(content, path):
+    """Writes a JSON file: to a temporary name first, then renamed."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
 def to_uint8(x):
     """[-1, 1] floats to [0, 255] uint8, rounded to the nearest level."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

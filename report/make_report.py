@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from PIL import Image  # noqa: E402
 
-from utils import UserError, atomic, cli, output_folder  # noqa: E402
+from utils import UserError, atomic, cli, output_folder, save_json  # noqa: E402
 
 HERE = ROOT / "report"
 FIGURES, NUMBERS, WORK = HERE / "figures", HERE / "numbers", ROOT / "runs/report"
@@ -50,7 +50,7 @@ def faces(args):
         sheet = ["--interpolate", kind, "--grid", FIGURES / f"p2_{kind}.png"]
         yield "p2_ddim.py", noise, WORK / "faces", unet, *sheet, *eta
         eta = []
-    write_json({"course": course}, NUMBERS / "p2_network.json")
+    save_json({"course": course}, NUMBERS / "p2_network.json")
 
 
 def text_to_image(args):
@@ -62,7 +62,7 @@ def text_to_image(args):
     shutil.copy(out / "examples.png", FIGURES / "p3_zeroshot.png")
     result = json.loads((out / "zeroshot.json").read_text())
     result["answers"] = [a for a in result["answers"] if not a["right"]][:5]
-    write_json({**result, "course": bool(args.clip)}, NUMBERS / "p3_zeroshot.json")
+    save_json({**result, "course": bool(args.clip)}, NUMBERS / "p3_zeroshot.json")
     small = "benchmarks/tiny.py", "--data", args.emoji
     yield (*small, "--picture", FIGURES / "tiny.png", "--out", NUMBERS / "tiny.json")
     yield (
@@ -77,7 +77,7 @@ def text_to_image(args):
     source = (args.data / "textual_inversion/input.json", args.ckpt) if args.ckpt else (TINY, TINY_CKPT)
     yield ("p3_infer.py", source[0], WORK / "multi", source[1], "--prompt", MULTI[bool(args.ckpt)])
     shutil.copy(WORK / "multi/prompt.png", FIGURES / "p3_multi.png")
-    write_json({"course": bool(args.ckpt), "prompt": MULTI[bool(args.ckpt)]}, NUMBERS / "p3_multi.json")
+    save_json({"course": bool(args.ckpt), "prompt": MULTI[bool(args.ckpt)]}, NUMBERS / "p3_multi.json")
 
 
 def adaptation(args):
@@ -134,11 +134,6 @@ def overview():
     sheet.paste(below, (0, 320))
     with atomic(FIGURES / "overview.png") as temporary:
         sheet.save(temporary, format="PNG")
-
-
-def write_json(content, path):
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def run(command):

@@ -16,10 +16,9 @@ from PIL import Image
 from test_digits import write_domain
 from test_utils import Hostile
 
-from classifiers import DigitResNet, LeNet, load_classifier, predict
-from digit_classifier import read_folder
+from classifiers import LeNet, load_classifier, predict
 from p1_model import NO_DIGIT, DigitUNet, load_digit_unet
-from utils import UserError, half, load_checkpoint, save_checkpoint
+from utils import half, load_checkpoint, save_checkpoint
 
 CONFIG = {"channels": 16, "deep": 64, "T": 1000, "schedule": "cosine", "objective": "v", "min_snr": 5.0}
 
@@ -234,76 +233,3 @@ def test_a_training_without_data_is_one_line(tmp_path):
     pytest.importorskip("pytorch_lightning")
     done = script("p1_train.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "run", code=2)
     assert "nowhere/mnistm/train.csv: not found" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-
-
-# ------------------------------------------------------------------------ digit_classifier.py
-
-
-@pytest.fixture(scope="module")
-def judged(tmp_path_factory):
-    """A folder of two domains, 3 pictures a digit, and classifiers: LeNet always says 4, DigitResNet always 7."""
-    folder = tmp_path_factory.mktemp("judged")
-    for domain in ("mnistm", "svhn"):
-        (folder / domain).mkdir()
-        for i in range(30):
-            name = f"{i % 10}_{i // 10 + 1:03d}.png"
-            Image.fromarray(np.full((28, 28, 3), 8 * i, np.uint8)).save(folder / domain / name)
-    for net, answer, name in ((LeNet(), 4, "lenet.pth"), (DigitResNet(), 7, "resnet.pth")):
-        last = net.fc3 if isinstance(net, LeNet) else net.layers[-1]
-        torch.nn.init.zeros_(last.weight)
-        last.bias.data = torch.nn.functional.one_hot(torch.tensor(answer), 10).float()
-        torch.save({"state_dict": net.state_dict()}, folder / name)
-    return folder
-
-
-def test_the_course_s_command_line_and_output_lines(judged):
-    judges = ["--checkpoint", judged / "lenet.pth", "--svhn-checkpoint", judged / "resnet.pth"]
-    done = script("digit_classifier.py", "--folder", judged, *judges)
-    lines = done.stdout.splitlines()
-    assert "MNIST-M acc = 0.1000 (correct/total = 3/30)" in lines
-    assert "SVHN acc = 0.1000 (correct/total = 3/30)" in lines
-    assert lines[-1] == "acc = 0.1000"
-    assert sum("judged by" in line for line in lines) == 2
-
-
-def test_labels_are_the_first_character_of_the_name(judged, tmp_path):
-    for domain in ("mnistm", "svhn"):
-        (tmp_path / domain).mkdir()
-        Image.fromarray(np.zeros((28, 28, 3), np.uint8)).save(tmp_path / domain / "4_001.png")
-    judges = ["--checkpoint", judged / "lenet.pth", "--svhn-checkpoint", judged / "lenet.pth"]
-    done = script("digit_classifier.py", "--folder", tmp_path, *judges)
-    assert done.stdout.splitlines()[-1] == "acc = 1.0000"
-
-
-def test_grading_errors_name_the_file(judged, tmp_path):
-    with pytest.raises(UserError, match="no pictures in it"):
-        read_folder(tmp_path)
-    (tmp_path / "4_001.png").write_bytes(b"")
-    with pytest.raises(UserError, match="4_001.png: not a readable picture"):
-        read_folder(tmp_path)
-    (tmp_path / "4_001.png").rename(tmp_path / "x.png")
-    with pytest.raises(UserError, match="x.png: the name must begin with its digit"):
-        read_folder(tmp_path)
-    options = ["--checkpoint", judged / "lenet.pth", "--svhn-checkpoint", judged / "resnet.pth"]
-    assert "mnistm: no pictures in it" in script("digit_classifier.py", "--folder", tmp_path, *options, code=2).stderr
-
-
-def test_a_classifier_is_told_apart_by_its_keys(judged):
-    assert isinstance(load_classifier(judged / "lenet.pth"), LeNet)
-    assert isinstance(load_classifier(judged / "resnet.pth"), DigitResNet)
-    black = torch.zeros(3, 3, 28, 28, dtype=torch.uint8)
-    assert predict(load_classifier(judged / "lenet.pth"), black).tolist() == [4] * 3
-    torch.save({"weights": 1}, judged / "bad.pth")
-    with pytest.raises(UserError, match="not a checkpoint of a digit classifier"):
-        load_classifier(judged / "bad.pth")
-
-
-def test_a_classifier_learns(tmp_path):
-    """Pictures whose grey level is their label: a few epochs are enough to do better than chance."""
-    folder = tmp_path / "mnistm"
-    write_domain(folder, count=400, flat=True)
-    options = ["--out", tmp_path / "c.pth", "--epochs", 30, "--batch-size", 32]
-    done = script("digit_classifier.py", "--train", "mnistm", "--data", tmp_path, *options)
-    assert "held-back images of mnistm; wrote" in done.stdout.splitlines()[-1]
-    assert isinstance(load_classifier(tmp_path / "c.pth"), LeNet)
-    assert load_checkpoint(tmp_path / "c.pth")["accuracy"] > 0.3
