@@ -118,7 +118,7 @@ def main(argv=None):
     write_labels(args.csv, names, labels)
     if score:
         right, known = score
-        told = {"target": target, "mode": mode, "right": right, "known": known}
+        told = {"folder": args.folder, "target": target, "mode": mode, "right": right, "known": known}
         save_json(told, pathlib.Path(args.csv).with_suffix(".json"))
         print(f"accuracy {right / known:.4f} ({right}/{known})")
     print(f"wrote {len(names)} labels ({target}, {mode}) to {args.csv}")

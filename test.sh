@@ -13,4 +13,4 @@ say "ruff"
 .venv/bin/python3 -m ruff check .
 .venv/bin/python3 -m ruff format --check .
 say "pytest"
-.venv/bin/python3 -m pytest -q -n auto --maxprocesses 4 --dist loadfile "$@"
+.venv/bin/python3 -m pytest -q -rs -n auto --maxprocesses 4 --dist loadfile "$@"
