@@ -180,7 +180,7 @@ def main(argv=None):
     parser.add_argument(
         "--svhn-checkpoint", help="of an SVHN classifier (default: resnet34_svhn, else the one in checkpoints/)"
     )
-    parser.add_argument("--json", metavar="FILE", help="also writes accuracy by digit and the misjudged pictures there")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also accuracy by digit, and what was misread")
     parser.add_argument("--train", choices=["mnistm", "svhn", "usps"], help="train a classifier on this domain instead")
     parser.add_argument("--data", default="hw2_data/digits")
     parser.add_argument("--out", help="where --train writes (default: checkpoints/{domain}_classifier.pth)")

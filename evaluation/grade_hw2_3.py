@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from p3_clip import best_fifth, fifth, image_scores, load_clip, text_scores  # noqa: E402
 from p3_concepts import GRADED_TYPES, image_files, read_concepts  # noqa: E402
-from utils import UserError, cli, pick_device, save_json  # noqa: E402
+from utils import UserError, cli, output_file, pick_device, save_json  # noqa: E402
 
 PICTURES = 25
 
@@ -79,7 +79,7 @@ def main():
     parser.add_argument("--input_dir", required=True, help="the folder with the source images, one subfolder a concept")
     parser.add_argument("--output_dir", required=True, help="what hw2_3.sh wrote")
     parser.add_argument("--clip", default="ViT-B/32", help="OpenAI or hub name, folder, or file in OpenAI's format")
-    parser.add_argument("--json", metavar="FILE", help="also writes every picture's scores there")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also writes every picture's scores there")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     concepts = read_concepts(args.json_path)

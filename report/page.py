@@ -12,9 +12,7 @@ Pictures from elsewhere are copied to OUT/page, so that the folder can be moved.
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import pathlib
 import shutil
 import sys
@@ -30,7 +28,7 @@ import pandas as pd  # noqa: E402
 from markupsafe import Markup  # noqa: E402
 
 from p3_concepts import image_files  # noqa: E402
-from utils import UserError, atomic, cli, output_folder  # noqa: E402
+from utils import Parser, UserError, atomic, cli, output_folder, read_json  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -49,10 +47,7 @@ class Folder:
     def json(self, name):
         """Content of a JSON file, or None where there is none; raises UserError for a damaged one."""
         path = self.path / name
-        try:
-            return json.loads(path.read_text()) if path.is_file() else None
-        except ValueError as e:
-            raise UserError(f"{path}: not JSON ({e}); run the command that wrote it again") from None
+        return read_json(path) if path.is_file() else None
 
     def link(self, path):
         """URL of a picture, relative to the page; one from elsewhere is copied. None where there is none."""
@@ -199,7 +194,7 @@ def adaptation(folder):
     read = folder.json("dann.json")
     if read:
         read["drawn"] = pathlib.Path(read["folder"]).resolve() == (folder.path / "svhn").resolve()
-    shipped = json.loads((ROOT / "report/numbers/p4.json").read_text())
+    shipped = read_json(ROOT / "report/numbers/p4.json")
     own, theirs = folder.link("tsne.png"), ROOT / "report/figures/p4_tsne.png"
     return {"read": read, "shipped": shipped, "own": bool(own), "tsne": own or folder.link(theirs)}
 
@@ -237,7 +232,7 @@ def render(out, runs):
 
 @cli
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("out", metavar="OUT", help="the folder that demo.sh filled")
     parser.add_argument("--runs", default=str(ROOT / "runs"), help="folder of trainings (default: runs)")
     args = parser.parse_args(argv)
