@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import script
 from PIL import Image
 from test_digits import write_domain
-from test_p1 import script
 
 import classifiers
 import digit_classifier
