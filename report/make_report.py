@@ -65,15 +65,8 @@ def text_to_image(args):
     save_json({**result, "course": bool(args.clip)}, NUMBERS / "p3_zeroshot.json")
     small = "benchmarks/tiny.py", "--data", args.emoji
     yield (*small, "--picture", FIGURES / "tiny.png", "--out", NUMBERS / "tiny.json")
-    yield (
-        *small,
-        "--inversion",
-        TINY,
-        "--picture",
-        FIGURES / "tiny_inversion.png",
-        "--out",
-        NUMBERS / "tiny_inversion.json",
-    )
+    inversion = FIGURES / "tiny_inversion.png", "--out", NUMBERS / "tiny_inversion.json"
+    yield (*small, "--inversion", TINY, "--picture", *inversion)
     source = (args.data / "textual_inversion/input.json", args.ckpt) if args.ckpt else (TINY, TINY_CKPT)
     yield ("p3_infer.py", source[0], WORK / "multi", source[1], "--prompt", MULTI[bool(args.ckpt)])
     shutil.copy(WORK / "multi/prompt.png", FIGURES / "p3_multi.png")
@@ -87,36 +80,15 @@ def adaptation(args):
     yield "p4_tsne.py", "--data", args.data / "digits", FIGURES / "p4_tsne.png"
 
 
-PARTS = {
-    "p1": (
-        digits,
-        ["figures/p1_grid_mnistm.png", "figures/p1_grid_svhn.png", "figures/p1_reverse.png", "numbers/p1.json"],
-    ),
-    "p2": (
-        faces,
-        [
-            "figures/p2_eta.png",
-            "figures/p2_slerp.png",
-            "figures/p2_slerp.json",
-            "figures/p2_linear.png",
-            "figures/p2_linear.json",
-            "numbers/p2_network.json",
-        ],
-    ),
+PARTS = {  # what makes a part of the report, and the figures and the numbers that it leaves
+    "p1": (digits, "p1_grid_mnistm.png p1_grid_svhn.png p1_reverse.png", "p1.json"),
+    "p2": (faces, "p2_eta.png p2_slerp.png p2_slerp.json p2_linear.png p2_linear.json", "p2_network.json"),
     "p3": (
         text_to_image,
-        [
-            "figures/p3_zeroshot.png",
-            "figures/tiny.png",
-            "figures/tiny_inversion.png",
-            "figures/p3_multi.png",
-            "numbers/p3_zeroshot.json",
-            "numbers/tiny.json",
-            "numbers/tiny_inversion.json",
-            "numbers/p3_multi.json",
-        ],
+        "p3_zeroshot.png tiny.png tiny_inversion.png p3_multi.png",
+        "p3_zeroshot.json tiny.json tiny_inversion.json p3_multi.json",
     ),
-    "p4": (adaptation, ["figures/p4_tsne.png", "numbers/p4.json"]),
+    "p4": (adaptation, "p4_tsne.png", "p4.json"),
 }
 
 
@@ -163,8 +135,9 @@ def main(argv=None):
         raise UserError("the report is typeset by typst; `pip install typst`") from None
     for folder in (pathlib.Path(args.out).absolute().parent, FIGURES, NUMBERS, WORK):
         output_folder(folder)
-    for name, (make, files) in PARTS.items():
-        if name in args.remake or not all((HERE / f).is_file() for f in files):
+    for part, (make, figures, numbers) in PARTS.items():
+        files = [FIGURES / f for f in figures.split()] + [NUMBERS / f for f in numbers.split()]
+        if part in args.remake or not all(f.is_file() for f in files):
             for command in make(args):
                 run(command)
     overview()
