@@ -8,7 +8,11 @@ Notation (DDPM, Ho et al. 2020): x_0 is data in [-1, 1]; alpha_bar: float64 [T],
 x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps with t in 0 .. T-1. "Time -1" is the data itself, alpha_bar = 1.
 
 A sampler is a generator of (t, x_t, x_0 prediction), one item for every network evaluation: t is the time just reached.
-`eps_model(x_t, t)` takes [B, C, H, W] and an int64 tensor [B] and returns the predicted noise [B, C, H, W].
+`eps_model(x_t, t)` takes [B, C, H, W] and the int t, the same for the whole batch, and returns the predicted noise
+[B, C, H, W]; `time_batch` is that t for a network that wants it as a tensor.
+
+Schedules are float64 on the CPU and stay there: what depends on t is computed from them before it meets a picture,
+which may be on a device without float64. So nothing is ever read back from a device, which would have to finish first.
 """
 
 from __future__ import annotations
@@ -38,40 +42,47 @@ def schedule(name="linear", T=1000):
 
 
 def alpha_sigma(alpha_bar, t):
-    """(sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)) as float64: of tensors t, shaped to multiply [B, C, H, W]; of an
-    int t, floats (t = -1: 1, 0)."""
+    """(sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)): of an int t, floats (t = -1: 1, 0); of int64 [B] on the CPU, float64
+    [B, 1, 1, 1], to be brought to the pictures by `beside`."""
     if isinstance(t, int):
         a = float(alpha_bar[t]) if t >= 0 else 1.0
         return math.sqrt(a), math.sqrt(1 - a)
-    a = alpha_bar.to(t.device)[t].view(-1, 1, 1, 1)
+    a = alpha_bar[t].view(-1, 1, 1, 1)
     return a.sqrt(), (1 - a).sqrt()
 
 
+def beside(x, *values):
+    """CPU tensors on the device and in the floating-point precision of x, without waiting for the device."""
+    return [v.to(x.dtype).to(x.device, non_blocking=True) for v in values]
+
+
 def q_sample(x_0, t, eps, alpha_bar):
-    """x_t ~ q(x_t | x_0) for the noise eps (Ho et al. 2020, eq. 4): [B, C, H, W], t int64 [B]."""
-    a, s = alpha_sigma(alpha_bar, t)
-    return (a * x_0 + s * eps).to(x_0.dtype)
+    """x_t ~ q(x_t | x_0) for the noise eps (Ho et al. 2020, eq. 4): [B, C, H, W], t int64 [B] on the CPU."""
+    a, s = beside(x_0, *alpha_sigma(alpha_bar, t))
+    return a * x_0 + s * eps
 
 
 def training_loss(model, x_0, alpha_bar, objective="eps", min_snr=None, t=None, eps=None):
     """The simple loss (Algorithm 1 and eq. 14 of Ho et al. 2020), one value per image: [B], float32.
 
-    t is uniform over all T times, 0 and T-1 among them. `model(x_t, t)` predicts eps, or with objective "v" the
-    velocity v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022). `min_snr` = gamma caps the
-    weight that the loss gives to x_0 errors at min(SNR, gamma) (Hang et al. 2023, section 3.4); None leaves the
-    plain mean squared error.
+    t, int64 [B] on the CPU, is by default uniform over all T times, 0 and T-1 among them; the model gets it on the
+    device of x_0. `model(x_t, t)` predicts eps, or with objective "v" the velocity v = sqrt(alpha_bar) eps - sqrt(1 -
+    alpha_bar) x_0 (Salimans & Ho 2022). `min_snr` = gamma caps the weight that the loss gives to x_0 errors at
+    min(SNR, gamma) (Hang et al. 2023, section 3.4); None leaves the plain mean squared error.
     """
     if t is None:
-        t = torch.randint(len(alpha_bar), (len(x_0),), device=x_0.device)
+        t = torch.randint(len(alpha_bar), (len(x_0),))
     if eps is None:
         eps = torch.randn_like(x_0)
-    a, s = alpha_sigma(alpha_bar, t)
-    target = eps if objective == "eps" else (a * eps - s * x_0).to(x_0.dtype)
-    loss = (model(q_sample(x_0, t, eps, alpha_bar), t).float() - target).square().flatten(1).mean(1)
+    alpha, sigma = alpha_sigma(alpha_bar, t)
+    a, s = beside(x_0, alpha, sigma)
+    target = eps if objective == "eps" else a * eps - s * x_0
+    predicted = model(q_sample(x_0, t, eps, alpha_bar), t.to(x_0.device, non_blocking=True))
+    loss = (predicted.float() - target).square().flatten(1).mean(1)
     if min_snr is not None:
-        snr = (a / s).square().flatten()
+        snr = (alpha / sigma).square().flatten()
         weight = snr.clamp(max=min_snr) / (snr if objective == "eps" else snr + 1)
-        loss = loss * weight.float()
+        loss = loss * beside(loss, weight)[0]
     return loss
 
 
@@ -84,7 +95,7 @@ def eps_from_v(v_model, alpha_bar):
 
     def eps_model(x_t, t):
         a, s = alpha_sigma(alpha_bar, t)
-        return (a * v_model(x_t, t) + s * x_t).to(x_t.dtype)
+        return a * v_model(x_t, t) + s * x_t
 
     return eps_model
 
@@ -98,7 +109,7 @@ def guided(eps_cond, eps_both, scale, interval=(0, 10**9)):
     """
 
     def eps_model(x_t, t):
-        if scale == 1 or not interval[0] <= int(t[0]) < interval[1]:
+        if scale == 1 or not interval[0] <= t < interval[1]:
             return eps_cond(x_t, t)
         eps_c, eps_u = eps_both(x_t, t)
         return eps_u + scale * (eps_c - eps_u)
@@ -137,8 +148,9 @@ def run(process):
     return final
 
 
-def _time(x, t):
-    return torch.full((len(x),), t, dtype=torch.long, device=x.device)
+def time_batch(x_t, t):
+    """The int t of every picture of x_t, for a network that wants it as a tensor: int64 [B]."""
+    return torch.full((len(x_t),), t, dtype=torch.long, device=x_t.device)
 
 
 # ------------------------------------------------------------------------ samplers
@@ -154,7 +166,7 @@ def ddpm(eps_model, x_t, alpha_bar, times, noise=None, clip=True, variance="smal
     noise = noise or (lambda: torch.randn_like(x_t))
     for t, s in zip(times[:-1], times[1:]):
         (a_t, s_t), (a_s, s_s) = alpha_sigma(alpha_bar, t), alpha_sigma(alpha_bar, s)
-        x_0 = predict_x0(x_t, eps_model(x_t, _time(x_t, t)), a_t, s_t, clip)
+        x_0 = predict_x0(x_t, eps_model(x_t, t), a_t, s_t, clip)
         beta = 1 - (a_t / a_s) ** 2
         x_t = a_s * beta / s_t**2 * x_0 + (a_t / a_s) * s_s**2 / s_t**2 * x_t
         if s >= 0:
@@ -173,7 +185,7 @@ def ddim(eps_model, x_t, alpha_bar, times, eta=0.0, noise=None, clip=True):
     noise = noise or (lambda: torch.randn_like(x_t))
     for t, s in zip(times[:-1], times[1:]):
         (a_t, s_t), (a_s, s_s) = alpha_sigma(alpha_bar, t), alpha_sigma(alpha_bar, s)
-        eps = eps_model(x_t, _time(x_t, t))
+        eps = eps_model(x_t, t)
         x_0 = predict_x0(x_t, eps, a_t, s_t, clip)
         sigma = eta * s_s / s_t * math.sqrt(max(0.0, 1 - (a_t / a_s) ** 2))
         x_t = a_s * x_0 + math.sqrt(max(0.0, s_s**2 - sigma**2)) * eps
@@ -193,7 +205,7 @@ def dpm_solver_pp(eps_model, x_t, alpha_bar, times, clip=True):
     before = None  # x_0 prediction and lambda of the step before
     for t, s in zip(times[:-1], times[1:]):
         (a_t, s_t), (a_s, s_s) = alpha_sigma(alpha_bar, t), alpha_sigma(alpha_bar, s)
-        x_0 = predict_x0(x_t, eps_model(x_t, _time(x_t, t)), a_t, s_t, clip)
+        x_0 = predict_x0(x_t, eps_model(x_t, t), a_t, s_t, clip)
         lambda_t = math.log(a_t / s_t)
         D = x_0
         if before is not None and s_s > 0:
@@ -211,18 +223,18 @@ def slerp(a, b, alpha):
     """Spherical interpolation (Shoemake 1985) of two noises of one shape, over all their elements; alpha 0 gives a,
     1 gives b.
 
-    sin((1-alpha) theta)/sin(theta) a + sin(alpha theta)/sin(theta) b, theta = arccos(<a, b>/(|a| |b|)), in float64;
-    parallel vectors fall back to `lerp`. Equal norms keep their norm: noise stays at the radius, sqrt(dimension),
-    that the network knows.
+    sin((1-alpha) theta)/sin(theta) a + sin(alpha theta)/sin(theta) b, theta = arccos(<a, b>/(|a| |b|)), in float64 on
+    the CPU; parallel vectors fall back to `lerp`. Equal norms keep their norm: noise stays at the radius,
+    sqrt(dimension), that the network knows.
     """
     if alpha in (0, 1):
         return (b if alpha else a).clone()
-    x, y = a.double(), b.double()
+    x, y = a.cpu().double(), b.cpu().double()
     cosine = (x.flatten() @ y.flatten() / (x.norm() * y.norm())).clamp(-1, 1)
     theta = torch.arccos(cosine)
     if torch.sin(theta) < 1e-6:
         return lerp(a, b, alpha)
-    return ((torch.sin((1 - alpha) * theta) * x + torch.sin(alpha * theta) * y) / torch.sin(theta)).to(a.dtype)
+    return ((torch.sin((1 - alpha) * theta) * x + torch.sin(alpha * theta) * y) / torch.sin(theta)).to(a)
 
 
 def lerp(a, b, alpha):

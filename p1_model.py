@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import ddim, ddpm, dpm_solver_pp, eps_from_v, guided, schedule, timesteps
+from diffusion import ddim, ddpm, dpm_solver_pp, eps_from_v, guided, schedule, time_batch, timesteps
 from utils import UserError, load_checkpoint, load_weights
 
 NO_DIGIT = 10
@@ -160,13 +160,16 @@ def eps_model_for(model, config, digit, domain, scale, interval=(0, 10**9)):
     scale and interval: as in diffusion.guided.
     """
 
-    def both(x_t, t):
-        none = torch.full_like(digit, NO_DIGIT)
-        return model(
-            torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([digit, none]), torch.cat([domain, domain])
-        ).chunk(2)
+    none = torch.full_like(digit, NO_DIGIT)
 
-    predict = guided(lambda x_t, t: model(x_t, t, digit, domain), both, scale, interval)
+    def given(x_t, t):
+        return model(x_t, time_batch(x_t, t), digit, domain)
+
+    def both(x_t, t):
+        x_t = torch.cat([x_t, x_t])
+        return model(x_t, time_batch(x_t, t), torch.cat([digit, none]), torch.cat([domain, domain])).chunk(2)
+
+    predict = guided(given, both, scale, interval)
     return eps_from_v(predict, schedule(config["schedule"], config["T"])) if config["objective"] == "v" else predict
 
 

@@ -67,7 +67,7 @@ class DigitDiffusion(pl.LightningModule):
 
     def validation_step(self, batch, i):
         noise = torch.Generator().manual_seed(i)
-        t = torch.randint(self.config["T"], (len(batch[0]),), generator=noise).to(self.device)
+        t = torch.randint(self.config["T"], (len(batch[0]),), generator=noise)
         eps = torch.randn(batch[0].shape, generator=noise).to(self.device)
         loss = self.loss(batch, batch[1], t=t, eps=eps)
         for d, name in enumerate(DOMAINS):

@@ -18,7 +18,7 @@ import torch
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from diffusion import ddim, lerp, slerp, timesteps
+from diffusion import ddim, lerp, slerp, time_batch, timesteps
 from UNet import load_unet
 from utils import (
     Parser,
@@ -176,7 +176,7 @@ def make_eps_model(unet, device, dtype):
     unet = unet.requires_grad_(False).to(device, memory_format=layout)
     for parameter in unet.parameters():
         parameter.data = parameter.data.to(dtype)  # not the time embedding's buffer, though
-    return lambda x_t, t: unet(x_t.to(dtype).contiguous(memory_format=layout), t).float()
+    return lambda x_t, t: unet(x_t.to(dtype).contiguous(memory_format=layout), time_batch(x_t, t)).float()
 
 
 def write_eta_sheet(sampler, noises, path):

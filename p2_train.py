@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from diffusion import ddim, run, schedule, timesteps, training_loss
+from diffusion import ddim, run, schedule, time_batch, timesteps, training_loss
 from digits import is_validation
 from train_common import Batches, Keep, add_training_options, fit, lightning_trainer, warmup_cosine
 from UNet import UNet, norm_groups
@@ -66,7 +66,7 @@ class FaceDiffusion(pl.LightningModule):
 
     def validation_step(self, images, i):
         noise = torch.Generator().manual_seed(i)
-        t = torch.randint(1000, (len(images),), generator=noise).to(self.device)
+        t = torch.randint(1000, (len(images),), generator=noise)
         eps = torch.randn(images.shape, generator=noise).to(self.device)
         self.log("val_loss", self.loss(images, t=t, eps=eps), sync_dist=True)
 
@@ -86,8 +86,9 @@ class Samples(Keep):
     def evaluate(self, trainer, module):
         size = module.config["size"]
         noise = noise_stream(0, range(16), (3, size, size), module.device)
+        times = timesteps(1000, 50, "course")
         with autocast(module.device, torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32):
-            x = run(ddim(module.model, noise(), module.alpha_bar, timesteps(1000, 50, "course")))
+            x = run(ddim(lambda x, t: module.model(x, time_batch(x, t)), noise(), module.alpha_bar, times))
         save_png(image_grid(to_uint8(x).cpu(), 8), self.out / "samples" / f"{trainer.global_step:07d}.png")
         return {}
 

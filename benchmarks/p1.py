@@ -91,7 +91,7 @@ def diffusers_peer(eps_model, config, noise, _, steps):
     scheduler.set_timesteps(steps)
     x = noise()
     for t in scheduler.timesteps:
-        x = scheduler.step(eps_model(x, torch.full((len(x),), int(t), device=x.device)), t, x).prev_sample
+        x = scheduler.step(eps_model(x, int(t)), t, x).prev_sample
     return x
 
 

@@ -28,7 +28,7 @@ from table import add_out_option, describe_machine, in_own_process, peak_memory,
 from torch.nn import functional as F
 
 import UNet as room
-from diffusion import ddim, run, schedule, timesteps
+from diffusion import ddim, run, schedule, time_batch, timesteps
 from p2_ddim import Sampler
 from utils import cli, noise_stream, pick_device, plain_attention
 
@@ -48,7 +48,14 @@ def plain(args):
     room.silu, room.attention = F.silu, plain_attention
     unet = room.load_unet(args.unet).to(args.device)
     alpha_bar, times = schedule(), timesteps(1000, args.steps, "course")
-    return lambda noises: [run(ddim(unet, x[None].to(args.device), alpha_bar, times))[0].cpu() for x in noises], unet
+
+    def eps_model(x, t):
+        return unet(x, time_batch(x, t))
+
+    def sample(noises):
+        return [run(ddim(eps_model, x[None].to(args.device), alpha_bar, times))[0].cpu() for x in noises]
+
+    return sample, eps_model
 
 
 def diffusers(args):
@@ -126,7 +133,7 @@ def work(args):
     sample, network = {"plain": plain, "diffusers": diffusers}[name](args) if name != "ours" else ours(args, precision)
     noises = list(noise_stream(0, range(args.count), (3, args.size, args.size))())
     with torch.no_grad():
-        network(noises[0][None].to(args.device), torch.tensor([500], device=args.device))  # warm up
+        network(noises[0][None].to(args.device), 500)  # warm up
     started = time.time()
     pictures = sample(noises)
     seconds = time.time() - started

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import p2_ddim
-from diffusion import ddim, schedule, slerp, timesteps
+from diffusion import ddim, schedule, slerp, time_batch, timesteps
 from diffusion import run as sample
 from UNet import UNet
 from utils import torch_version
@@ -54,7 +54,7 @@ def test_a_picture_is_the_final_x_stretched_to_its_own_range(unet, noise, tmp_pa
     run(noise, tmp_path, unet)
     x_T = torch.load(noise / "02.pt")
     model = p2_ddim.load_unet(unet)
-    x = sample(ddim(model, x_T, schedule(), timesteps(1000, 50, "course")))
+    x = sample(ddim(lambda x, t: model(x, time_batch(x, t)), x_T, schedule(), timesteps(1000, 50, "course")))
     x = x[0].double().permute(1, 2, 0).numpy()
     expected = np.floor((x - x.min()) / (x.max() - x.min()) * 255 + 0.5)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00.png", "01.png", "02.png", "03.png"]
@@ -155,7 +155,8 @@ def test_an_interpolation_tells_the_norms_of_its_noises(unet, noise, tmp_path, c
 def test_the_middle_of_a_slerp_is_the_picture_of_the_slerped_noise(unet, noise, tmp_path):
     a, b = (torch.load(noise / f"{stem}.pt") for stem in ("00", "01"))
     run(noise, tmp_path, unet, "--steps", 10, "--interpolate", "slerp", "--grid", tmp_path / "row.png")
-    x = sample(ddim(p2_ddim.load_unet(unet), slerp(a, b, 0.3), schedule(), timesteps(1000, 10, "course")))
+    model = p2_ddim.make_eps_model(p2_ddim.load_unet(unet), torch.device("cpu"), torch.float32)
+    x = sample(ddim(model, slerp(a, b, 0.3), schedule(), timesteps(1000, 10, "course")))
     expected = ((x[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
     assert np.abs(pixels(tmp_path / "row.png")[2:34, 3 * 34 + 2 : 4 * 34] - expected).max() <= 1
 

@@ -16,7 +16,7 @@ def gaussian_eps(alpha_bar):
     """E[eps | x_t] for x_0 ~ N(MEAN, STD^2), which is (x_t - sqrt(alpha_bar) MEAN) sqrt(1 - alpha_bar) / Var[x_t]."""
 
     def eps_model(x_t, t):
-        a = alpha_bar[t].view(-1, 1, 1, 1)
+        a = alpha_bar[t]
         return (x_t - a.sqrt() * MEAN) * (1 - a).sqrt() / (a * STD**2 + 1 - a)
 
     return eps_model
