@@ -241,7 +241,7 @@ class Diffusing(Stage):
     def validation_step(self, batch, i):
         draw = torch.Generator().manual_seed(i)
         noise, eps = (torch.randn(batch[0][:, 0].shape, generator=draw).to(self.device) for _ in range(2))
-        t = torch.linspace(0, len(self.alpha_bar) - 1, len(eps), device=self.device).long()
+        t = torch.linspace(0, len(self.alpha_bar) - 1, len(eps)).long()
         self.log("val_loss", self.loss(batch, noise, t=t, eps=eps).mean())
         if i == 0:
             self.show(self.preview(self.device))
