@@ -32,15 +32,16 @@ from utils import (
     affine_grid,
     autocast,
     cli,
+    grad_scaler,
     half,
     open_image,
     output_file,
-    pick_precision,
     reuse_freed_memory,
     save_checkpoint,
     save_json,
     seed_everything,
     to_float,
+    training_precision,
     whole,
 )
 
@@ -151,6 +152,7 @@ def train(args, device, dtype):
     steps = args.epochs * (len(labels) // args.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    scaler = grad_scaler(device, dtype)
     bar = tqdm(range(args.epochs), desc=f"training {net.__name__} on {args.train}")
     for _ in bar:
         model.train()
@@ -160,8 +162,9 @@ def train(args, device, dtype):
                 logits = model(x.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=0.1)
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             scheduler.step()
         accuracy = (predict(model.eval(), val_images) == val_labels).float().mean().item()
         bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.4f}")
@@ -190,7 +193,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.train:
         args.out = args.out or str(CHECKPOINTS / f"{args.train}_classifier.pth")
-        train(args, args.device, pick_precision(args.precision, args.device))
+        train(args, args.device, training_precision(args.precision, args.device))
     elif args.folder:
         grade(args, args.device)
     else:

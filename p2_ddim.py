@@ -167,11 +167,9 @@ class Sampler:
 
 
 def make_eps_model(unet, device, dtype):
-    """eps_model(x_t, t), float32 in and out, of a UNet that computes in `dtype`; on GPUs without TF32, repeatable."""
+    """eps_model(x_t, t), float32 in and out, of a UNet that computes in `dtype`."""
     if device.type == "cpu":
         reuse_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     layout = fast_layout(device, dtype)
     unet = unet.requires_grad_(False).to(device, memory_format=layout)
     for parameter in unet.parameters():

@@ -24,7 +24,17 @@ from tqdm import tqdm
 from diffusion import training_loss
 from p3_clip import best_fifth, image_scores, text_scores
 from p3_model import fitting_batch, generate, user_errors, weights_id
-from utils import UserError, atomic, image_grid, load_checkpoint, open_image, output_folder, save_checkpoint, save_png
+from utils import (
+    UserError,
+    atomic,
+    grad_scaler,
+    image_grid,
+    load_checkpoint,
+    open_image,
+    output_folder,
+    save_checkpoint,
+    save_png,
+)
 
 
 class Recipe(NamedTuple):
@@ -158,13 +168,6 @@ def held_back_loss(model, moments, prompts, batch, seed=0, times=8):
     return total / len(pairs)
 
 
-def grad_scaler(model):
-    """Keeps float16 gradients from vanishing; does nothing in other precisions."""
-    enabled = model.dtype == torch.float16
-    new = getattr(getattr(torch, "amp", None), "GradScaler", None)  # before torch 2.3: in torch.cuda.amp
-    return new(model.device.type, enabled=enabled) if new else torch.cuda.amp.GradScaler(enabled=enabled)
-
-
 # -------------------------------------------------------------------------------- the training
 
 
@@ -184,7 +187,7 @@ class Inversion:
                 tokens.add(self.token, tokens.initial(word, recipe.vectors), init_word=word)
         self.vectors, self.losses = tokens[self.token], []
         self.optimizer = torch.optim.AdamW([self.vectors], lr=recipe.lr * recipe.batch, weight_decay=0.0)
-        self.scaler = grad_scaler(model)
+        self.scaler = grad_scaler(model.device, model.dtype)
 
     def run(self, files, out, clip=None, deadline=None):
         """Learns from the pictures `files`, writes the best step's vectors to the file `out`, and leaves them in

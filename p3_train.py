@@ -149,15 +149,17 @@ class Contrastive(Stage):
         self.model = network
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+        for name in ("subject", "style"):  # whether a caption of that form says it: bool [forms]
+            says = torch.tensor([f"{{{name}}}" in c for c in CAPTIONS])
+            self.register_buffer(f"says_{name}", says, persistent=False)
 
     def logits(self, x, tokens):
         return self.model(((x + 1) / 2 - self.mean) / self.std, tokens)[0].float()
 
     def training_step(self, batch, _):
         images, tokens, subject, vendor, form = batch
-        says_subject = torch.tensor(["{subject}" in c for c in CAPTIONS], device=self.device)[form]
-        says_style = torch.tensor(["{style}" in c for c in CAPTIONS], device=self.device)[form]
-        right = ((subject[:, None] == subject) | ~says_subject) & ((vendor[:, None] == vendor) | ~says_style)
+        right = (subject[:, None] == subject) | ~self.says_subject[form]
+        right &= (vendor[:, None] == vendor) | ~self.says_style[form]
         logits, right = self.logits(moved(to_float(images)), tokens), right.float()
         of_pictures = F.cross_entropy(logits, right / right.sum(1, keepdim=True))
         of_captions = F.cross_entropy(logits.T, right.T / right.sum(0)[:, None])

@@ -37,7 +37,7 @@ def move(x, zoom, crowd):
         wide = torch.cat([x.roll(1, 0)[..., :24], x, x.roll(2, 0)[..., 4:]], 3)  # [B, 3, 28, 24 + 28 + 24]
         alone = uniform(x, 0, 1, 1, 1, 1) > crowd
         grid = torch.where(alone, grid.clamp(-27 / 28, 27 / 28), grid)
-        grid, x = grid * torch.tensor([28 / 76, 1.0], device=x.device), wide
+        grid, x = torch.stack([grid[..., 0] * (28 / 76), grid[..., 1]], -1), wide
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 

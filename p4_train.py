@@ -29,13 +29,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import EMAWeightAveraging
 
 import p4_losses
 from digits import load_digits
 from p4_augment import SOURCE_ZOOM, TARGET_ZOOM, augment
 from p4_model import HELD_BACK, SOURCE, TARGET, DigitNet, DomainClassifier, load_digit_net, run_batches
-from train_common import Batches, add_training_options, fit, lightning_trainer, warmup_cosine
+from train_common import Batches, MovingAverage, add_training_options, fit, lightning_trainer, warmup_cosine
 from utils import Parser, UserError, cli, half, output_folder, real, save_checkpoint
 
 # --refine: the weights of its parts on the target and on the source (Mao et al. 2019, table 5, for MNIST to SVHN)
@@ -112,7 +111,7 @@ def to_float(images):
     return images.float() / 127.5 - 1
 
 
-class Teacher(EMAWeightAveraging):
+class Teacher(MovingAverage):
     """The moving average of the weights, which --refine asks for digits during the training."""
 
     def network(self):
@@ -134,6 +133,7 @@ class Selection(pl.Callback):
         self.since = time.time()
 
     def on_validation_epoch_end(self, trainer, module):
+        labelled_accuracy = float(trainer.callback_metrics["labelled_accuracy"])  # of all ranks, so all must ask
         if not trainer.is_global_zero:
             return
         state_dict, net = half(module.net.state_dict()), DigitNet()
@@ -142,7 +142,7 @@ class Selection(pl.Callback):
         logits = run_batches(net, self.images, module.config["domain"], module.device)
         metrics = {
             "target_accuracy": (logits.argmax(1) == self.labels).float().mean().item(),
-            "labelled_accuracy": float(trainer.callback_metrics["labelled_accuracy"]),
+            "labelled_accuracy": labelled_accuracy,
             "mutual_information": p4_losses.mutual_information(logits),
         }
         metrics["score"] = metrics["target_accuracy"] if self.oracle else self.score(trainer, module, metrics)
@@ -229,8 +229,7 @@ def main(argv=None):
     pl.seed_everything(args.seed, verbose=False)
     module = Adaptation(config, args)
     selection = Selection(out, images, labels, args.oracle_selection)
-    ema = Teacher(decay=args.ema, update_starting_at_step=args.warmup)
-    trainer = lightning_trainer(args, [selection, ema])
+    trainer = lightning_trainer(args, [selection, Teacher(args)])
     fit(args, trainer, module, train, val)
     if trainer.is_global_zero:
         print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,best.pt,last.pt}}")

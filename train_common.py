@@ -19,10 +19,10 @@ from utils import (
     UserError,
     add_device_options,
     load_checkpoint,
-    pick_precision,
     real,
     reuse_freed_memory,
     save_checkpoint,
+    training_precision,
     whole,
 )
 
@@ -99,11 +99,11 @@ class Keep(pl.Callback):
         self.out, self.best = pathlib.Path(out), -math.inf
 
     def on_validation_epoch_end(self, trainer, module):
+        losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_loss")}  # of all ranks
         if not trainer.is_global_zero:
             return
         metrics = self.evaluate(trainer, module)
         module.log_dict(metrics, rank_zero_only=True)
-        losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_loss")}
         checkpoint = {**module.shipped(), "step": trainer.global_step, "metrics": {**metrics, **losses}}
         save_checkpoint(checkpoint, self.out / "last.pt")
         if self.score and metrics[self.score] >= self.best:
@@ -115,6 +115,31 @@ class Keep(pl.Callback):
 
     def load_state_dict(self, state):
         self.best = state["best"]
+
+
+class MovingAverage(EMAWeightAveraging):
+    """The exponential moving average of the weights, by args.ema a step, on the training's device; before args.warmup
+    steps it is the weights themselves.
+
+    Lightning alone makes it before the module goes to its device, so that it would stay on the CPU, and copy every
+    weight there at every step; and it reads a count back from the device for every one.
+    """
+
+    def __init__(self, args):
+        super().__init__(device=args.device, decay=args.ema)
+        self.decay, self.warmup = args.ema, args.warmup
+
+    def on_train_batch_end(self, trainer, module, *_):
+        step = trainer.global_step
+        if step <= self._latest_update_step:  # gradients are being accumulated
+            return
+        self._latest_update_step = step
+        average = self._average_model.module
+        with torch.no_grad():
+            for old, new in ((average.parameters(), module.parameters()), (average.buffers(), module.buffers())):
+                pairs = [(a, b) for a, b in zip(old, new) if a.is_floating_point()]
+                if pairs:
+                    torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - self.decay if step > self.warmup + 1 else 1.0)
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -157,11 +182,9 @@ def lightning_trainer(args, callbacks):
     device = args.device
     if device.type == "cuda" and args.devices > torch.cuda.device_count():
         raise UserError(f"--devices {args.devices}: this machine has {torch.cuda.device_count()} GPUs; take fewer")
-    dtype = pick_precision(args.precision, device)
-    if args.precision == "auto" and device.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if args.ema and not any(isinstance(c, EMAWeightAveraging) for c in callbacks):
-        callbacks = [*callbacks, EMAWeightAveraging(decay=args.ema, update_starting_at_step=args.warmup)]
+    dtype = training_precision(args.precision, device)
+    if args.ema and not any(isinstance(c, MovingAverage) for c in callbacks):
+        callbacks = [*callbacks, MovingAverage(args)]
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # so a run resumes
     warnings.filterwarnings("ignore", ".*does not have many workers")  # batches come from memory
     return pl.Trainer(

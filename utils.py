@@ -159,6 +159,9 @@ def pick_device(name="auto"):
     except Exception:  # each kind of device has errors of its own
         cuda = torch.cuda.device_count()
         raise UserError(f"{name}: no such device here, where torch has {cuda} CUDA devices; take cpu") from None
+    if device.type == "cuda":  # float32 is to be float32, and the same picture the same bytes
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     return device if device.type != "cpu" else torch.device("cpu")
 
 
@@ -181,6 +184,21 @@ def fast_layout(device, dtype):
     on GPUs (benchmarks/p2.py)."""
     fast = torch_version() >= (2, 0) if device.type == "cpu" else dtype != torch.float32
     return torch.channels_last if fast else torch.contiguous_format
+
+
+def training_precision(name, device):
+    """pick_precision for a training: its "auto" is bf16 on GPUs that multiply it (from compute capability 8 on); on
+    others fp16, whose gradients need `grad_scaler`."""
+    if name == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+        return torch.bfloat16
+    return pick_precision(name, device)
+
+
+def grad_scaler(device, dtype):
+    """Keeps float16 gradients from vanishing; does nothing in other precisions."""
+    enabled = dtype == torch.float16
+    new = getattr(getattr(torch, "amp", None), "GradScaler", None)  # before torch 2.3: in torch.cuda.amp
+    return new(device.type, enabled=enabled) if new else torch.cuda.amp.GradScaler(enabled=enabled)
 
 
 def attention(q, k, v):
@@ -285,7 +303,7 @@ def affine_grid(x, turn, zoom, shift, shear=0.0):
     its `zoom` [B, 2] in x and y and moved by its `shift` [B, 2], where 2 is the whole side."""
     rows = [turn.cos(), shear - turn.sin(), shift[:, 0]], [turn.sin(), turn.cos(), shift[:, 1]]
     theta = torch.stack([torch.stack(row, 1) for row in rows], 1) / zoom[:, :, None]
-    return F.affine_grid(theta.to(x), list(x.shape), align_corners=False)
+    return F.affine_grid(theta.to(x, non_blocking=True), list(x.shape), align_corners=False)
 
 
 def image_grid(images, columns, pad=2):
