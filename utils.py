@@ -155,7 +155,7 @@ def pick_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     try:
         device = torch.device(str(name))
-        float(torch.ones(1, device=device) + 1)
+        usable(device)
     except Exception:  # each kind of device has errors of its own
         cuda = torch.cuda.device_count()
         raise UserError(f"{name}: no such device here, where torch has {cuda} CUDA devices; take cpu") from None
@@ -163,6 +163,11 @@ def pick_device(name="auto"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     return device if device.type != "cpu" else torch.device("cpu")
+
+
+def usable(device):
+    """Raises where the device is not there, or computes nothing."""
+    float(torch.ones(1, device=device) + 1)
 
 
 def pick_precision(name, device):

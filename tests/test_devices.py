@@ -1,5 +1,6 @@
 """Every command and every training on an accelerator, or rather on a pretend one: pretend.py says what that sees."""
 
+import argparse
 import inspect
 import json
 import runpy
@@ -13,12 +14,16 @@ from conftest import ROOT
 from PIL import Image
 from test_digits import write_domain
 
-from utils import torch_version
+import utils
+from utils import pick_device, pick_precision, torch_version, training_precision
 
 if torch_version() < (2, 5):
     pytest.skip("the pretend accelerator needs torch 2.5 or newer", allow_module_level=True)
 
-from pretend import Pretend
+import pretend  # noqa: E402
+from pretend import DEVICE, Pretend  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 CHECKPOINTS, TINY = ROOT / "checkpoints", ROOT / "tiny/textual_inversion"
 PRETEND = "pretend:0"
@@ -152,3 +157,236 @@ def test_hw2_1_reads_nothing_back_but_its_pictures(tmp_path):
     counted = run("p1_infer.py", PRETEND, tmp_path / "out", "--checkpoint", tmp_path / "unet.pt")
     assert counted.reads <= 1  # the first one asks whether the device computes at all
     assert counted.downloads == 10
+
+
+# ------------------------------------------------------------------------ the trainings, by Lightning itself
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Has Lightning train on the pretend device too; a list that gets, for each step of it, how often it waited."""
+    pl = pytest.importorskip("pytorch_lightning")
+    from pytorch_lightning.accelerators import Accelerator
+    from pytorch_lightning.strategies import SingleDeviceStrategy
+
+    class PretendAccelerator(Accelerator):
+        def setup_device(self, device):
+            pass
+
+        def teardown(self):
+            pass
+
+        def get_device_stats(self, device):
+            return {}
+
+        @staticmethod
+        def parse_devices(devices):
+            return [DEVICE]
+
+        @staticmethod
+        def get_parallel_devices(devices):
+            return [DEVICE]
+
+        @staticmethod
+        def auto_device_count():
+            return 1
+
+        @staticmethod
+        def is_available():
+            return True
+
+        @staticmethod
+        def name():
+            return "pretend"
+
+    class Counting(pl.Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            self.before = sum(self.count())
+
+        def on_train_batch_end(self, trainer, module, *_):
+            steps.append(sum(self.count()) - self.before)
+
+        def count(self):
+            return pretend.now.reads, pretend.now.downloads, pretend.now.uploads
+
+    def trainer(accelerator, **options):
+        if accelerator == "pretend":
+            options["callbacks"].append(Counting())
+            options.update(strategy=SingleDeviceStrategy(device=DEVICE), devices=1)
+            accelerator = PretendAccelerator()
+        return real(accelerator=accelerator, **options)
+
+    steps, real = [], pl.Trainer
+    monkeypatch.setattr(pl, "Trainer", trainer)
+    return steps
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The data of every training: digits/, photos/ and emoji/."""
+    pytest.importorskip("pytorch_lightning")
+    folder = tmp_path_factory.mktemp("data")
+    for seed, name in enumerate(("mnistm", "svhn")):
+        write_domain(folder / "digits" / name, count=80, seed=seed, flat=True)
+    (folder / "photos").mkdir()
+    random = np.random.RandomState(0)
+    for i in range(60):
+        Image.new("RGB", (32, 32), tuple(random.randint(0, 256, 3).tolist())).save(folder / f"photos/{i:02}.png")
+    from test_p3_train import write_emoji
+
+    write_emoji(folder / "emoji")
+    return folder
+
+
+STEPS = ["--epoch-steps", 2, "--warmup", 1, "--precision", "fp32"]
+SMALL = [*STEPS, "--steps", 2, "--batch-size", 4, "--ema", 0.5]
+TRAININGS = {
+    "p1_train.py": (["--channels", 16, "--deep", 64], "digits"),
+    "p2_train.py": (["--size", 32, "--channel", 4], "photos"),
+    "p4_train.py": (["--target", "svhn", "--mode", "dann", "--refine"], "digits"),
+}
+
+
+def learned(path):
+    """The tensors of a checkpoint, or of its state dict."""
+    content = torch.load(path, weights_only=False)
+    content = content.get("state_dict", content)
+    return {k: v.float() for k, v in content.items() if torch.is_tensor(v) and v.is_floating_point()}
+
+
+def same(a, b, atol=2e-3):
+    a, b = learned(a), learned(b)
+    return a and set(a) == set(b) and all(torch.allclose(a[k], b[k], atol=atol) for k in a)
+
+
+@pytest.mark.parametrize("script", TRAININGS)
+def test_a_training_learns_the_same_on_the_device_as_on_the_cpu_and_waits_in_no_step(script, data, tmp_path, waits):
+    options, folder = TRAININGS[script]
+    for device in ("cpu", PRETEND):
+        run(script, device, "--data", data / folder, "--out", tmp_path / device, *options, *SMALL)
+    assert waits == [0, 0]
+    assert same(tmp_path / "cpu/last.pt", tmp_path / PRETEND / "last.pt")
+    assert same(tmp_path / "cpu/last.ckpt", tmp_path / PRETEND / "last.ckpt")
+
+
+def test_the_small_stable_diffusion_learns_the_same_on_the_device_and_waits_in_no_step(data, tmp_path, waits):
+    stages = [f"{stage}.{key}" for stage in ("autoencoder", "clip", "diffusion") for key in ("steps=2", "batch_size=4")]
+    small = ["--set", *stages, "clip.vision_layers=[1,1,1,1]", "diffusion.variants=1"]
+    for device in ("cpu", PRETEND):
+        run("p3_train.py", device, "--data", data / "emoji", "--out", tmp_path / device, *STEPS, *small)
+    assert waits == [0] * 6
+    for name in ("autoencoder.pt", "text.pt", "model.ckpt"):
+        a, b = tmp_path / "cpu" / name, tmp_path / PRETEND / name
+        if name == "text.pt":
+            a, b = (torch.load(p, weights_only=False)["text"] for p in (a, b))
+            assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
+        else:
+            assert same(a, b, atol=1e-2), name
+
+
+def test_a_classifier_is_trained_the_same_on_the_device_as_on_the_cpu(data, tmp_path):
+    options = ["--train", "svhn", "--data", data / "digits", "--epochs", 1, "--batch-size", 32, *FP32]
+    for device in ("cpu", PRETEND):
+        run("digit_classifier.py", device, *options, "--out", tmp_path / f"{device}.pth")
+    assert same(tmp_path / "cpu.pth", tmp_path / f"{PRETEND}.pth")
+
+
+def test_textual_inversion_learns_and_chooses_the_same_on_the_device_as_on_the_cpu(work, tmp_path):
+    for device in ("cpu", PRETEND):
+        out = tmp_path / device
+        run(
+            *("p3_textual_inversion.py", device, "--json", work / "input.json", "--data", TINY, "--only", 0),
+            *("--ckpt", CHECKPOINTS / "tiny.ckpt", "--clip", CHECKPOINTS / "tiny_clip.pt", "--out", out),
+            *("--work", out / "work", "--steps", 2, "--batch-size", 2, "--save-every", 1, "--preview-every", 2),
+            *("--validation-pictures", 2, "--crops", 1, *FP32),
+        )
+    assert same(tmp_path / "cpu/new1.pt", tmp_path / PRETEND / "new1.pt", atol=1e-4)
+    scores = [json.loads((tmp_path / device / "work/new1/scores.json").read_text()) for device in ("cpu", PRETEND)]
+    assert list(scores[0]) == list(scores[1]) and len(scores[0]) == 2
+    assert torch.allclose(*(torch.tensor(list(s.values())) for s in scores), atol=0.05)
+
+
+# ------------------------------------------------------------------------ from one machine to another
+
+
+@pytest.mark.parametrize("there, here", [(PRETEND, "cpu"), ("cpu", PRETEND)])
+def test_a_training_goes_on_on_another_kind_of_machine(there, here, data, tmp_path, waits, monkeypatch):
+    options, folder = TRAININGS["p4_train.py"]
+    line = ["--data", data / folder, "--out", tmp_path, *options, *SMALL, "--steps", 4]
+    with monkeypatch.context() as patch:
+        if there != "cpu":  # what is saved says that it was on a GPU, which this machine has not
+            patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        run("p4_train.py", there, *line, "--max-epochs", 1)
+    run("p4_train.py", here, *line)
+    assert torch.load(tmp_path / "last.pt", map_location="cpu", weights_only=False)["step"] == 4
+    assert torch.load(tmp_path / "last.ckpt", map_location="cpu", weights_only=False)["global_step"] == 4
+
+
+# ------------------------------------------------------------------------ precision and memory
+
+
+@pytest.mark.parametrize("capability, expected", [((8, 6), torch.bfloat16), ((7, 5), torch.float16)])
+def test_trainings_take_bf16_where_the_gpu_has_it_and_fp16_elsewhere(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda = torch.device("cuda")
+    assert training_precision("auto", cuda) == expected
+    assert training_precision("fp32", cuda) == torch.float32 and pick_precision("auto", cuda) == torch.float16
+
+
+def test_a_classifier_in_fp16_is_trained_with_scaled_gradients(data, tmp_path, monkeypatch):
+    import digit_classifier
+
+    scaled = []
+
+    class Scaler:
+        def scale(self, loss):
+            return loss
+
+        def step(self, optimizer):
+            scaled.append(1)
+            optimizer.step()
+
+        def update(self):
+            pass
+
+    def scaler(device, dtype):
+        return scaled.append(dtype) or Scaler()
+
+    monkeypatch.setattr(digit_classifier, "grad_scaler", scaler)
+    monkeypatch.setattr(digit_classifier, "autocast", lambda device, dtype: torch.autocast("cpu", torch.bfloat16))
+    args = {"data": data / "digits", "train": "mnistm", "batch_size": 32, "epochs": 1, "seed": 0, "out": tmp_path / "c"}
+    digit_classifier.train(argparse.Namespace(**args), torch.device("cpu"), torch.float16)
+    assert scaled[0] == torch.float16 and len(scaled) > 1
+
+
+def test_a_gpu_computes_float32_as_float32(monkeypatch):
+    """For every network that is run on it, peers in benchmarks among them."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(utils, "usable", lambda device: True)
+    pick_device("cuda")
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+
+
+def test_five_guided_pictures_without_fused_attention_need_no_tensor_of_1_gb(monkeypatch):
+    """As torch 1.11 runs it: the full network on 5 pictures of 512x512 in half precision; shapes only."""
+    import p3_model  # noqa: F401  isort: skip  (it puts ldm on the path)
+    from ldm.modules import attention
+    from ldm.util import CONFIGS, instantiate_from_config, read_config
+
+    class Largest(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+            self.bytes = max([self.bytes, *(x.numel() * x.element_size() for x in tensors)])
+            return result
+
+    monkeypatch.setattr(attention, "attention", attention.sliced_attention)
+    with torch.device("meta"):
+        unet = instantiate_from_config(read_config(CONFIGS["v1-inference"]).model.params.unet_config).half().eval()
+        x, t, context = torch.empty(10, 4, 64, 64).half(), torch.empty(10), torch.empty(10, 77, 768).half()
+    with torch.no_grad(), Largest() as largest:
+        assert unet(x, t, context=context).shape == x.shape
+    assert 2**27 <= largest.bytes < 2**30

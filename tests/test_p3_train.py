@@ -32,9 +32,10 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("emoji"), np.random.RandomState(0)
+def write_emoji(folder):
+    """A small data set of random pictures; gives its folder."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.RandomState(0)
     subject, vendor = (a.ravel() for a in np.meshgrid(range(6), range(3), indexing="ij"))
     split = ((subject + vendor) % 6 == 5).astype(np.uint8)
     np.savez(
@@ -54,6 +55,11 @@ def data(tmp_path_factory):
         )
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_emoji(tmp_path_factory.mktemp("emoji"))
 
 
 def run(data, out, *options):
