@@ -22,7 +22,7 @@ def adversarial(domain_logits_of, source, target, lambd):
     """-log D(f(x_s)) - log(1 - D(f(x_t))) of features [B, 128], minimised by the domain classifier `domain_logits_of`,
     maximised by what gives the features, `lambd` times (Ganin et al. 2016, section 4.2)."""
     features = reverse_gradient(torch.cat([source, target]), lambd)
-    domain = torch.arange(2, device=source.device).repeat_interleave(len(source))  # p4_model.SOURCE, TARGET
+    domain = torch.arange(2 * len(source), device=source.device) // len(source)  # p4_model.SOURCE, TARGET
     return F.cross_entropy(domain_logits_of(features).float(), domain)
 
 

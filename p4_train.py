@@ -76,7 +76,7 @@ class Adaptation(pl.LightningModule):
         lambd = self.args.adversary * (2 / (1 + math.exp(-10 * progress)) - 1)
         losses = {"label_loss": F.cross_entropy(logits[SOURCE], labels)}
         losses["domain_loss"] = p4_losses.adversarial(self.domains, *features, lambd)
-        self.log_dict({**losses, "lambda": lambd})
+        self.log_dict({**losses, "lambda": torch.full((), lambd, device=self.device)})
         return sum(losses.values()) + sum(self.part(p, views, logits, target) for p in self.config["refine"])
 
     def part(self, name, views, logits, target):

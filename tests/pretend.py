@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 _setup_privateuseone_for_python_backend("pretend")
+torch.pretend.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
 DEVICE = torch.device("pretend", 0)
 CPU = torch.device("cpu")
 aten = torch.ops.aten

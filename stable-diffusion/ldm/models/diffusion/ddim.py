@@ -33,7 +33,7 @@ def ddim(eps_model, x_T, alphas_cumprod, steps, eta=0.0, noise=None, last=None):
     first time in place of x_T.
     """
     noise = noise if noise is not None else lambda: torch.randn_like(x_T)
-    abar = alphas_cumprod.double().tolist()
+    abar = alphas_cumprod.cpu().double().tolist()
     times = ddim_times(len(abar), steps)[:last]
     x = x_T
     for t, s in zip(reversed(times), reversed([0] + times[:-1])):
