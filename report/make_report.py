@@ -62,6 +62,7 @@ def text_to_image(args):
     shutil.copy(out / "examples.png", FIGURES / "p3_zeroshot.png")
     result = json.loads((out / "zeroshot.json").read_text())
     result["answers"] = [a for a in result["answers"] if not a["right"]][:5]
+    result["model"] = pathlib.Path(result["model"]).name  # not where it lies on this machine
     save_json({**result, "course": bool(args.clip)}, NUMBERS / "p3_zeroshot.json")
     small = "benchmarks/tiny.py", "--data", args.emoji
     yield (*small, "--picture", FIGURES / "tiny.png", "--out", NUMBERS / "tiny.json")
