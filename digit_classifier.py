@@ -23,27 +23,10 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+import utils
 from classifiers import DigitResNet, LeNet, fetch_resnet34_svhn, load_classifier, predict, probabilities
 from digits import SIZE, load_digits
-from utils import (
-    Parser,
-    UserError,
-    add_device_options,
-    affine_grid,
-    autocast,
-    cli,
-    grad_scaler,
-    half,
-    open_image,
-    output_file,
-    reuse_freed_memory,
-    save_checkpoint,
-    save_json,
-    seed_everything,
-    to_float,
-    training_precision,
-    whole,
-)
+from utils import Parser, UserError, cli, whole
 
 CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
 
@@ -61,7 +44,7 @@ def read_folder(folder):
     for path in paths:
         if path.name[0] not in "0123456789":
             raise UserError(f"{path}: the name must begin with its digit, as in 3_001.png")
-        images.append(np.asarray(open_image(path, "generate it again").resize((SIZE, SIZE), Image.BILINEAR)))
+        images.append(np.asarray(utils.open_image(path, "generate it again").resize((SIZE, SIZE), Image.BILINEAR)))
     labels = torch.tensor([int(p.name[0]) for p in paths])
     return [p.name for p in paths], torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels
 
@@ -110,7 +93,7 @@ def grade(args, device):
         print(f"{title} acc = {accuracy:.4f} (correct/total = {found['correct']}/{found['pictures']})")
     print(f"acc = {result['accuracy']:.4f}")
     if args.json:
-        save_json(result, args.json)
+        utils.save_json(result, args.json)
 
 
 # ------------------------------------------------------------------------ training
@@ -124,7 +107,7 @@ def augment(x, strong):
     def u(low, high, *shape):
         return torch.rand(b, *shape, device=device) * (high - low) + low
 
-    grid = affine_grid(x, u(-0.2, 0.2), u(0.85, 1.15, 1) * u(0.95, 1.05, 2), u(-0.12, 0.12, 2))
+    grid = utils.affine_grid(x, u(-0.2, 0.2), u(0.85, 1.15, 1) * u(0.95, 1.05, 2), u(-0.12, 0.12, 2))
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     if strong:
         x = x * u(0.5, 1.3, 3, 1, 1) + u(-0.3, 0.3, 1, 1, 1) + u(-0.1, 0.1, 3, 1, 1)
@@ -140,25 +123,25 @@ def augment(x, strong):
 def train(args, device, dtype):
     """Trains a LeNet on MNIST-M, or a DigitResNet on any other domain, and writes {"state_dict", "accuracy",
     "epochs"}."""
-    reuse_freed_memory()
-    seed_everything(args.seed)
+    utils.reuse_freed_memory()
+    utils.seed_everything(args.seed)
     images, labels = load_digits(args.data, args.train, "train")
     val_images, val_labels = load_digits(args.data, args.train, "val")
     if args.batch_size > len(labels):
         raise UserError(f"--batch-size {args.batch_size}: {args.data} has {len(labels)} pictures; take fewer")
-    output_file(args.out)
+    utils.output_file(args.out)
     net = LeNet if args.train == "mnistm" else DigitResNet
     model = net().to(device, memory_format=torch.channels_last)
     steps = args.epochs * (len(labels) // args.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    scaler = grad_scaler(device, dtype)
+    scaler = utils.grad_scaler(device, dtype)
     bar = tqdm(range(args.epochs), desc=f"training {net.__name__} on {args.train}")
     for _ in bar:
         model.train()
         for rows in torch.randperm(len(labels)).split(args.batch_size)[: len(labels) // args.batch_size]:
-            x = augment(to_float(images[rows].to(device)), strong=net is DigitResNet)
-            with autocast(device, dtype):
+            x = augment(utils.to_float(images[rows].to(device)), strong=net is DigitResNet)
+            with utils.autocast(device, dtype):
                 logits = model(x.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=0.1)
             optimizer.zero_grad()
@@ -168,32 +151,30 @@ def train(args, device, dtype):
             scheduler.step()
         accuracy = (predict(model.eval(), val_images) == val_labels).float().mean().item()
         bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.4f}")
-    checkpoint = {"state_dict": half(model.state_dict()), "accuracy": accuracy, "epochs": args.epochs}
-    save_checkpoint(checkpoint, args.out)
+    checkpoint = {"state_dict": utils.half(model.state_dict()), "accuracy": accuracy, "epochs": args.epochs}
+    utils.save_checkpoint(checkpoint, args.out)
     print(f"accuracy {accuracy:.4f} on {len(val_labels)} held-back images of {args.train}; wrote {args.out}")
 
 
 @cli
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--folder", help="output folder of hw2_1.sh")
-    parser.add_argument(
-        "--checkpoint", default=str(CHECKPOINTS / "mnistm_classifier.pth"), help="of the MNIST-M classifier"
-    )
-    parser.add_argument(
-        "--svhn-checkpoint", help="of an SVHN classifier (default: resnet34_svhn, else the one in checkpoints/)"
-    )
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also accuracy by digit, and what was misread")
-    parser.add_argument("--train", choices=["mnistm", "svhn", "usps"], help="train a classifier on this domain instead")
-    parser.add_argument("--data", default="hw2_data/digits")
-    parser.add_argument("--out", help="where --train writes (default: checkpoints/{domain}_classifier.pth)")
-    parser.add_argument("--epochs", type=whole(), default=30)
-    parser.add_argument("--batch-size", type=whole(), default=128)
-    add_device_options(parser)
+    option = parser.add_argument
+    option("--folder", help="output folder of hw2_1.sh")
+    option("--checkpoint", default=str(CHECKPOINTS / "mnistm_classifier.pth"), help="of the MNIST-M classifier")
+    judge = "of an SVHN classifier (default: resnet34_svhn, else the one in checkpoints/)"
+    option("--svhn-checkpoint", help=judge)
+    option("--json", type=utils.output_file, metavar="FILE", help="also accuracy by digit, and what was misread")
+    option("--train", choices=["mnistm", "svhn", "usps"], help="train a classifier on this domain instead")
+    option("--data", default="hw2_data/digits")
+    option("--out", help="where --train writes (default: checkpoints/{domain}_classifier.pth)")
+    option("--epochs", type=whole(), default=30)
+    option("--batch-size", type=whole(), default=128)
+    utils.add_device_options(parser)
     args = parser.parse_args(argv)
     if args.train:
         args.out = args.out or str(CHECKPOINTS / f"{args.train}_classifier.pth")
-        train(args, args.device, training_precision(args.precision, args.device))
+        train(args, args.device, utils.training_precision(args.precision, args.device))
     elif args.folder:
         grade(args, args.device)
     else:

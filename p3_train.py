@@ -30,23 +30,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import p3_model  # isort: skip  (it puts ldm on the path)
 from ldm.util import CONFIGS, instantiate_from_config, read_config
 
+import utils
 from diffusion import training_loss
 from p3_clip import MEAN, STD, openai_clip, save_clip, transformers_names
 from p3_pictures import CAPTIONS, SHARES, Pictures, Words, cache_conditionings, cache_latents, moved
 from train_common import Batches, add_run_options, fit, lightning_trainer, warmup_cosine
-from utils import (
-    Parser,
-    UserError,
-    cli,
-    half,
-    image_grid,
-    load_checkpoint,
-    output_folder,
-    save_checkpoint,
-    save_png,
-    to_float,
-    to_uint8,
-)
+from utils import Parser, UserError, cli
 
 ATTENTION = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
@@ -71,7 +60,7 @@ class Stage(pl.LightningModule):
     def show(self, pictures):
         """Saves uint8 [N, 3, H, W] under samples/, by the step."""
         path = pathlib.Path(self.trainer.default_root_dir) / "samples" / f"{self.global_step:06d}.png"
-        save_png(image_grid(pictures, 16), path)
+        utils.save_png(utils.image_grid(pictures, 16), path)
 
 
 # ------------------------------------------------------------------------------------------------ autoencoder
@@ -96,7 +85,7 @@ class Autoencoding(Stage):
         return self.model.decoder(self.model.post_quant_conv(z)).float(), kl
 
     def training_step(self, images, _):
-        x = to_float(images)
+        x = utils.to_float(images)
         y, kl = self.reconstruct(x, sample=True)
         edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (2, 3))
         colours = F.mse_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
@@ -105,17 +94,17 @@ class Autoencoding(Stage):
         return loss
 
     def validation_step(self, images, i):
-        x = to_float(images)
+        x = utils.to_float(images)
         y, _ = self.reconstruct(x, sample=False)
         self.log("val_loss", (x - y).abs().mean())
         if i == 0:
-            self.show(to_uint8(torch.cat([x[:16], y[:16]])).cpu())
+            self.show(utils.to_uint8(torch.cat([x[:16], y[:16]])).cpu())
 
 
 @torch.no_grad()
 def normalise_latents(autoencoder, images):
     """Scales the encoder's output and the decoder's input so that latents have unit variance: scale_factor is 1."""
-    std = torch.cat([autoencoder.encode(to_float(part)).sample() for part in images.split(64)]).std()
+    std = torch.cat([autoencoder.encode(utils.to_float(part)).sample() for part in images.split(64)]).std()
     middle = len(autoencoder.quant_conv.bias) // 2
     autoencoder.quant_conv.weight[:middle] /= std
     autoencoder.quant_conv.bias[:middle] /= std
@@ -130,7 +119,9 @@ def train_autoencoder(args, config, pictures):
     batches = Batches(len(train), lambda rows: images[draw(train, len(rows))])
     metrics = run(Autoencoding(autoencoder, args), batches, Batches(len(held_back), held_back.__getitem__))
     normalise_latents(autoencoder, images[train[:: max(1, len(train) // 512)]])
-    save_checkpoint({"state_dict": autoencoder.state_dict(), "metrics": metrics}, args.out.parent / "autoencoder.pt")
+    utils.save_checkpoint(
+        {"state_dict": autoencoder.state_dict(), "metrics": metrics}, args.out.parent / "autoencoder.pt"
+    )
 
 
 def draw(rows, n):
@@ -160,7 +151,7 @@ class Contrastive(Stage):
         images, tokens, subject, vendor, form = batch
         right = (subject[:, None] == subject) | ~self.says_subject[form]
         right &= (vendor[:, None] == vendor) | ~self.says_style[form]
-        logits, right = self.logits(moved(to_float(images)), tokens), right.float()
+        logits, right = self.logits(moved(utils.to_float(images)), tokens), right.float()
         of_pictures = F.cross_entropy(logits, right / right.sum(1, keepdim=True))
         of_captions = F.cross_entropy(logits.T, right.T / right.sum(0)[:, None])
         loss = (of_pictures + of_captions) / 2
@@ -173,7 +164,7 @@ class Contrastive(Stage):
     def validation_step(self, batch, _):
         """The nearest of the batch's captions is the right one, for what share of its pictures."""
         images, tokens = batch
-        nearest = self.logits(to_float(images), tokens).argmax(1)
+        nearest = self.logits(utils.to_float(images), tokens).argmax(1)
         self.log("val_accuracy", (nearest == torch.arange(len(images), device=self.device)).float().mean())
 
 
@@ -210,7 +201,7 @@ def train_clip(args, config, pictures):
     metrics = run(Contrastive(network, args), Batches(len(train), batch), held_back)
     whole = whole_clip(network, words.ids)
     text = {f"transformer.{k}": v for k, v in transformers_names(whole).items() if k.startswith("text_model.")}
-    save_checkpoint({"text": text, "ids": words.ids, "metrics": metrics}, args.out.parent / "text.pt")
+    utils.save_checkpoint({"text": text, "ids": words.ids, "metrics": metrics}, args.out.parent / "text.pt")
     save_clip(whole, args.out.parent / "clip.pt")
 
 
@@ -251,16 +242,16 @@ class Diffusing(Stage):
 
 def packed(model, name, ids, step, metrics):
     """The checkpoint: half precision, the words `ids` alone, the config by its name, the schedule left to it."""
-    state = {k: v for k, v in half(model.state_dict()).items() if k not in model.schedule_names}
+    state = {k: v for k, v in utils.half(model.state_dict()).items() if k not in model.schedule_names}
     state.update({TABLE: state[TABLE][ids], "known_words": ids})
     return {"state_dict": state, "config": name, "step": step, "global_step": step, "metrics": metrics}
 
 
 def train_diffusion(args, config, pictures):
     train, val = pictures.rows("train"), pictures.rows("val")
-    text = load_checkpoint(args.out.parent / "text.pt")
+    text = utils.load_checkpoint(args.out.parent / "text.pt")
     model = instantiate_from_config(config.model)
-    model.first_stage_model.load_state_dict(load_checkpoint(args.out.parent / "autoencoder.pt")["state_dict"])
+    model.first_stage_model.load_state_dict(utils.load_checkpoint(args.out.parent / "autoencoder.pt")["state_dict"])
     model.cond_stage_model.load_state_dict(text["text"])
     latents = cache_latents(model.first_stage_model, pictures.images[train], args.variants)
     held_back = cache_latents(model.first_stage_model, pictures.images[val], 1)[0]
@@ -281,7 +272,7 @@ def train_diffusion(args, config, pictures):
     module = Diffusing(model.model.diffusion_model, model.alphas_cumprod, preview, args)
     metrics = run(module, Batches(len(train), batch), validation)
     name = pathlib.Path(args.config).stem
-    save_checkpoint(packed(model, name, text["ids"], args.steps, metrics), args.out.parent / "model.ckpt")
+    utils.save_checkpoint(packed(model, name, text["ids"], args.steps, metrics), args.out.parent / "model.ckpt")
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -307,7 +298,7 @@ def run(module, train, val):
     """Trains a stage to its last step, and returns its last metrics; the module then holds the averaged weights, on the
     CPU, in eval mode. Ends the program where --max-time or --max-epochs came first."""
     args, callbacks = module.args, []
-    output_folder(args.out / "samples")
+    utils.output_folder(args.out / "samples")
     if args.compile:
         callbacks.append(EagerValidation())
         for network in module.compiled:
@@ -319,7 +310,7 @@ def run(module, train, val):
     if trainer.global_step < args.steps:
         print(f"{args.out.name}: step {trainer.global_step} of {args.steps}; the same line goes on from {args.out}")
         raise SystemExit
-    module.load_state_dict(load_checkpoint(args.out / "last.ckpt")["state_dict"])  # the averaged ones
+    module.load_state_dict(utils.load_checkpoint(args.out / "last.ckpt")["state_dict"])  # the averaged ones
     module.cpu().eval()
     return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
 
@@ -355,7 +346,7 @@ def main(argv=None):
         training = OmegaConf.to_container(OmegaConf.merge(config.training, OmegaConf.from_dotlist(args.set)))
     except (OmegaConfBaseException, AttributeError) as e:
         raise UserError(f"--set: not of the `training` of {args.config} ({str(e).splitlines()[0]})") from None
-    pictures, out = Pictures(args.data), output_folder(args.out)
+    pictures, out = Pictures(args.data), utils.output_folder(args.out)
     for name, (result, train) in STAGES.items():
         if not (out / result).is_file():
             pl.seed_everything(args.seed, verbose=False)
