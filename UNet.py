@@ -34,11 +34,13 @@ COURSE = {  # the course's constructor arguments, with the values of UNet.pt
 
 
 class UNet(nn.Module):
-    """x_t [B, 3, H, W] and time int64 [B] -> the predicted noise eps [B, 3, H, W].
+    """x_t [B, 3, H, W] and time int64 [B] -> the predicted noise eps (or v: `objective`) [B, 3, H, W].
 
     `channel` is the width of the largest map, a multiple of 16 (or 4, 8, 12); 128 is the course's network. Its further
     arguments (see COURSE) may only have the values that the weights of UNet.pt are for.
     """
+
+    objective = "eps"  # what it predicts; load_unet makes it "v" where the checkpoint says so
 
     def __init__(self, in_channel=3, channel=128, **course):
         super().__init__()
@@ -170,20 +172,25 @@ def _zero(layer):
 
 
 def load_unet(path):
-    """UNet in eval mode, as wide as the checkpoint: a bare state dict, as the course's UNet.pt, or {state_dict, ...}.
+    """UNet in eval mode, as wide as the file: a bare state dict, like the course's UNet.pt, or {state_dict, config}.
 
-    Raises UserError, in one line, for a file that is no checkpoint, and for a missing, foreign or misshapen key.
+    Its objective is eps unless the config has another. Raises UserError, in one line, for a file that is no checkpoint,
+    for another objective, and for a missing, foreign or misshapen key.
     """
-    state_dict = load_checkpoint(path)
+    state_dict, config = load_checkpoint(path), {}
     if isinstance(state_dict, dict) and isinstance(state_dict.get("state_dict"), dict):
-        state_dict = state_dict["state_dict"]
+        state_dict, config = state_dict["state_dict"], state_dict.get("config", {})
     if not isinstance(state_dict, dict) or not all(torch.is_tensor(v) for v in state_dict.values()):
         raise UserError(f"{path}: no state dict in it; give the course's UNet.pt or a checkpoint of p2_train.py")
+    objective = config.get("objective", "eps") if isinstance(config, dict) else "eps"
+    if objective not in ("eps", "v"):
+        raise UserError(f"{path}: its objective is {objective!r}, not eps or v; it is of another program")
     stem = state_dict.get("down1.weight", torch.empty(0))
     try:
         if tuple(stem.shape[1:]) != (3, 3, 3) or len(stem) > 512:
             raise ValueError("it must be [up to 512, 3, 3, 3]")
         unet = UNet(channel=len(stem))
+        unet.objective = objective
     except ValueError as e:
         raise UserError(f"{path}: no down1.weight of the face network ({e}); it is of another network") from None
     return load_weights(unet, state_dict, path).eval()

@@ -116,3 +116,13 @@ def probabilities(model, images, batch_size=250):
 def predict(model, images, batch_size=250):
     """The likeliest digit of uint8 images [N, 3, 28, 28]: int64 [N]."""
     return probabilities(model, images, batch_size).argmax(1)
+
+
+def feature_distance(judge, a, b):
+    """Mean squared distance of unit feature vectors, summed over the layers of a DigitResNet (LPIPS, Zhang et al. 2018,
+    eq. 1, with equal weights)."""
+    total = 0.0
+    for layer in judge.to(a.device).layers[:6]:  # up to the pooling
+        a, b = layer(a), layer(b)
+        total = total + (F.normalize(a.float()) - F.normalize(b.float())).square().sum(1).mean()
+    return total

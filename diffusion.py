@@ -62,27 +62,31 @@ def q_sample(x_0, t, eps, alpha_bar):
     return a * x_0 + s * eps
 
 
-def training_loss(model, x_0, alpha_bar, objective="eps", min_snr=None, t=None, eps=None):
+def training_loss(model, x_0, alpha_bar, objective="eps", min_snr=None, t=None, eps=None, floor=0.0, perturb=0.0):
     """The simple loss (Algorithm 1 and eq. 14 of Ho et al. 2020), one value per image: [B], float32.
 
     t, int64 [B] on the CPU, is by default uniform over all T times, 0 and T-1 among them; the model gets it on the
     device of x_0. `model(x_t, t)` predicts eps, or with objective "v" the velocity v = sqrt(alpha_bar) eps - sqrt(1 -
     alpha_bar) x_0 (Salimans & Ho 2022). `min_snr` = gamma caps the weight that the loss gives to x_0 errors at
-    min(SNR, gamma) (Hang et al. 2023, section 3.4); None leaves the plain mean squared error.
+    min(SNR, gamma) (Hang et al. 2023, section 3.4), but leaves every image at least `floor` times the plain loss, since
+    gamma alone leaves the last, nearly clean times untrained; None is the plain mean squared error. `perturb` = gamma
+    adds gamma times other noise to the input's, of which the target knows nothing: input perturbation (Ning et al.
+    2023, algorithm 1), against the errors that sampling piles up.
     """
     if t is None:
         t = torch.randint(len(alpha_bar), (len(x_0),))
     if eps is None:
         eps = torch.randn_like(x_0)
+    noise = eps + perturb * torch.randn_like(eps) if perturb else eps
     alpha, sigma = alpha_sigma(alpha_bar, t)
     a, s = beside(x_0, alpha, sigma)
     target = eps if objective == "eps" else a * eps - s * x_0
-    predicted = model(q_sample(x_0, t, eps, alpha_bar), t.to(x_0.device, non_blocking=True))
+    predicted = model(q_sample(x_0, t, noise, alpha_bar), t.to(x_0.device, non_blocking=True))
     loss = (predicted.float() - target).square().flatten(1).mean(1)
     if min_snr is not None:
         snr = (alpha / sigma).square().flatten()
         weight = snr.clamp(max=min_snr) / (snr if objective == "eps" else snr + 1)
-        loss = loss * beside(loss, weight)[0]
+        loss = loss * beside(loss, weight.clamp(min=floor))[0]
     return loss
 
 

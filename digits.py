@@ -114,17 +114,20 @@ class BalancedDigits(Dataset):
         self.digits = torch.cat([labels for _, labels in loaded])
         self.domains = torch.cat([torch.full_like(labels, i) for i, (_, labels) in enumerate(loaded)])
         order = torch.randperm(len(self.digits), generator=torch.Generator().manual_seed(0))
-        self.pairs = [order[(self.domains[order] == p // 10) & (self.digits[order] == p % 10)] for p in range(20)]
-        for p, members in enumerate(self.pairs):
+        pairs = [order[(self.domains[order] == p // 10) & (self.digits[order] == p % 10)] for p in range(20)]
+        for p, members in enumerate(pairs):
             if len(members) == 0:
                 raise UserError(f"{root}/{DOMAINS[p // 10]}: no {split} image of digit {p % 10}")
+        self.order, self.counts = torch.cat(pairs), torch.tensor([len(members) for members in pairs])
+        self.starts = self.counts.cumsum(0) - self.counts
 
     def __len__(self):
         return self.length
 
     def __getitems__(self, indices):
-        which = torch.randint(2**40, (len(indices),)) if self.split == "train" else torch.tensor(indices) // 20
-        rows = torch.stack([self.pairs[i % 20][k % len(self.pairs[i % 20])] for i, k in zip(indices, which)])
+        number, pair = torch.tensor(indices) // 20, torch.tensor(indices) % 20
+        which = torch.randint(2**40, number.shape) if self.split == "train" else number
+        rows = self.order[self.starts[pair] + which % self.counts[pair]]
         return self.images[rows], self.digits[rows], self.domains[rows]
 
     def __getitem__(self, i):

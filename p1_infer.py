@@ -2,11 +2,13 @@
 
 python3 p1_infer.py output                      # output/{mnistm,svhn}/{digit}_{001..050}.png, 1,000 pictures
 python3 p1_infer.py --grid grid.png             # grid_mnistm.png, grid_svhn.png: rows digits, columns noises
+python3 p1_infer.py OUT --checkpoint FILE       # by another network: of p1_train.py, or few steps by p1_distill.py
 python3 p1_infer.py --trajectory reverse.png    # six stages of the reverse process, first 0 of each domain
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import sys
@@ -19,19 +21,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from digits import DOMAINS
-from p1_model import eps_model_for, load_digit_unet, reverse_process
+from p1_model import load_digit_unet, stages
 from utils import (
     Parser,
     add_device_options,
-    autocast,
     cli,
     image_grid,
-    noise_stream,
     output_file,
     output_folder,
     pick_precision,
     real,
-    reuse_freed_memory,
     save_png,
     to_uint8,
     whole,
@@ -42,24 +41,14 @@ PER_PAIR = 10_000  # seeds set aside for a (domain, digit) pair
 
 
 def sampler_of(args):
-    """stages(digit, domain, index) -> generator of x_t, float32 [B, 3, 28, 28] in [-1, 1], for int64 tensors [B]."""
-    reuse_freed_memory()
-    device = args.device
-    dtype = pick_precision(args.precision, device)
+    """stages(digit, domain, index) of p1_model with the network and the options."""
     model, config = load_digit_unet(args.checkpoint)
-    model = model.to(device)
-
-    def stages(digit, domain, index):
-        noise = noise_stream(args.seed, index, (3, 28, 28), device)
-        with torch.no_grad(), autocast(device, dtype):
-            eps_model = eps_model_for(model, config, digit.to(device), domain.to(device), args.guidance, args.interval)
-            for _, x_t, _ in reverse_process(eps_model, config, noise, args.sampler, args.steps):
-                yield x_t
-
-    return stages
+    options = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance, "interval": args.interval}
+    options.update(seed=args.seed, dtype=pick_precision(args.precision, args.device))
+    return functools.partial(stages, model.to(args.device), config, **options)
 
 
-def write_images(args, stages):
+def write_images(args, draw):
     """The graders' layout: OUT/{domain}/{digit}_{number}.png. A picture depends on its domain, digit and number
     alone."""
     out = output_folder(args.out)
@@ -68,36 +57,34 @@ def write_images(args, stages):
     n = args.num_per_digit
     image = torch.arange(20 * n)
     pair, number = image // n, image % n
-    with tqdm(total=len(image) * args.steps, desc="image steps", unit="step") as bar:
+    with tqdm(total=len(image), desc="images", unit="image") as bar:
         for part in image.split(args.batch_size):
-            for x_t in stages(pair[part] % 10, pair[part] // 10, pair[part] * PER_PAIR + number[part]):
-                bar.update(len(part))
-                final = x_t
+            *_, final = draw(pair[part] % 10, pair[part] // 10, pair[part] * PER_PAIR + number[part])
+            bar.update(len(part))
             for i, picture in zip(part, to_uint8(final).cpu()):
                 name = f"{DOMAINS[pair[i] // 10]}/{pair[i] % 10}_{number[i] + 1:03d}.png"
                 save_png(picture, out / name)
     return f"{len(image)} images in {out}/{{{','.join(DOMAINS)}}}"
 
 
-def write_grids(args, stages):
+def write_grids(args, draw):
     """One picture a domain, 10 rows of digits by 10 columns of noises; a column starts from one and the same noise."""
     path = pathlib.Path(args.grid)
     files = []
     for d, name in enumerate(DOMAINS):
         cell = torch.arange(100)
-        *_, final = stages(cell // 10, torch.full_like(cell, d), cell % 10)
+        *_, final = draw(cell // 10, torch.full_like(cell, d), cell % 10)
         files.append(path.with_name(f"{path.stem}_{name}.png"))
         save_png(image_grid(enlarge(to_uint8(final).cpu()), 10), files[-1])
     return " and ".join(map(str, files))
 
 
-def write_trajectory(args, stages):
+def write_trajectory(args, draw):
     """A row a domain: six evenly spaced stages from pure noise to the first 0 of hw2_1.sh's output."""
     rows = []
     for d in range(2):
         index = torch.tensor([d * 10 * PER_PAIR])
-        path = [noise_stream(args.seed, index, (3, 28, 28))()]
-        path += [x.float().cpu() for x in stages(torch.tensor([0]), torch.tensor([d]), index)]
+        path = [x.float().cpu() for x in draw(torch.tensor([0]), torch.tensor([d]), index)]
         rows += [path[round(i * (len(path) - 1) / 5)] for i in range(6)]
     save_png(image_grid(enlarge(to_uint8(torch.cat(rows))), 6), args.trajectory)
     return args.trajectory
@@ -114,7 +101,9 @@ def parse(argv):
     option("out", nargs="?", help="output folder of the 1,000 images")
     option("--checkpoint", default=str(CHECKPOINT))
     option("--sampler", choices=["dpm++", "ddim", "ddpm"], default="dpm++")
-    option("--steps", type=whole(1, 1000), default=16, help="of the sampler (default: 16)")
+    option(
+        "--steps", type=whole(1, 1000), default=16, help="of the sampler; a few-step network has its own (default: 16)"
+    )
     option(
         "--guidance", type=real(-100, 100), default=5.0, help="eps_u + guidance (eps_c - eps_u); 1 = none (default: 5)"
     )
@@ -135,11 +124,11 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     started = time.time()
-    stages = sampler_of(args)
+    draw = sampler_of(args)
     for sheet in filter(None, (args.grid, args.trajectory)):
         output_file(sheet)
     written = [
-        write(args, stages)
+        write(args, draw)
         for wanted, write in ((args.out, write_images), (args.grid, write_grids), (args.trajectory, write_trajectory))
         if wanted
     ]

@@ -6,14 +6,26 @@ v = model(x_t, t, digit, domain)            # [B, 3, 28, 28] in and out, int64 [
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from classifiers import predict
 from diffusion import ddim, ddpm, dpm_solver_pp, eps_from_v, guided, schedule, time_batch, timesteps
-from utils import UserError, load_checkpoint, load_weights
+from digits import DOMAINS
+from utils import (
+    UserError,
+    autocast,
+    image_grid,
+    load_checkpoint,
+    load_weights,
+    noise_stream,
+    reuse_freed_memory,
+    to_uint8,
+)
 
 NO_DIGIT = 10
 CONFIG = {  # what a checkpoint may say
@@ -137,7 +149,8 @@ class DigitUNet(nn.Module):
         nn.init.zeros_(self.out[-1].weight)
         nn.init.zeros_(self.out[-1].bias)
 
-    def forward(self, x, t, digit, domain):
+    def encode(self, x, t, digit, domain):
+        """(maps [B, deep, 7, 7] after the middle, skips, condition [B, 4 channels]): what the way up starts from."""
         emb = F.silu(self.time(t) + self.digit(digit) + self.domain(domain))
         x = self.stem(F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last))
         skips = [x]
@@ -146,6 +159,10 @@ class DigitUNet(nn.Module):
             skips.append(x)
         for layer in self.middle:
             x = layer(x, emb)
+        return x, skips, emb
+
+    def forward(self, x, t, digit, domain):
+        x, skips, emb = self.encode(x, t, digit, domain)
         for layer in self.up:
             if isinstance(layer, ResBlock):
                 x = torch.cat([x, skips.pop()], dim=1)
@@ -153,12 +170,26 @@ class DigitUNet(nn.Module):
         return F.pixel_shuffle(self.out(x).float(), 2)
 
 
+class Critic(nn.Module):
+    """The way down of a U-Net and a layer on top: x_t, t, digit, domain -> [B, 1, 7, 7], the higher the more real."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = copy.deepcopy(unet)
+        self.unet.up = self.unet.out = None
+        self.head = nn.Conv2d(self.unet.middle[0].out.out_channels, 1, 1)
+
+    def forward(self, x, t, digit, domain):
+        return self.head(self.unet.encode(x, t, digit, domain)[0]).float()
+
+
 def eps_model_for(model, config, digit, domain, scale, interval=(0, 10**9)):
     """The guided eps_model(x_t, t) that the samplers of diffusion.py call, for a batch of digits and domains.
 
     digit, domain: int64 [B] on the model's device. config: {"objective", "schedule", "T"} as in the checkpoint.
-    scale and interval: as in diffusion.guided.
+    scale and interval: as in diffusion.guided; a few-step network (p1_distill.py) has learned them, and takes none.
     """
+    scale = 1 if "steps" in config else scale
 
     none = torch.full_like(digit, NO_DIGIT)
 
@@ -173,13 +204,47 @@ def eps_model_for(model, config, digit, domain, scale, interval=(0, 10**9)):
     return eps_from_v(predict, schedule(config["schedule"], config["T"])) if config["objective"] == "v" else predict
 
 
-def reverse_process(eps_model, config, noise, sampler="dpm++", steps=12):
-    """The sampler's generator of (t, x_t, x_0 prediction), each [B, 3, 28, 28] in [-1, 1]; noise: as of
-    utils.noise_stream."""
-    alpha_bar, times = schedule(config["schedule"], config["T"]), timesteps(config["T"], steps)
+def reverse_process(eps_model, config, x_T, noise, sampler="dpm++", steps=16):
+    """The sampler's generator of (t, x_t, x_0 prediction), each [B, 3, 28, 28] in [-1, 1]; noise() for "ddpm" as of
+    utils.noise_stream. A few-step network goes its own way: DDIM through the times config["steps"] to the data."""
+    alpha_bar = schedule(config["schedule"], config["T"])
+    if "steps" in config:
+        return ddim(eps_model, x_T, alpha_bar, [*config["steps"], -1], clip=False)
+    times = timesteps(config["T"], steps)
     if sampler == "dpm++":
-        return dpm_solver_pp(eps_model, noise(), alpha_bar, times)
-    return {"ddim": ddim, "ddpm": ddpm}[sampler](eps_model, noise(), alpha_bar, times, noise=noise)
+        return dpm_solver_pp(eps_model, x_T, alpha_bar, times)
+    return {"ddim": ddim, "ddpm": ddpm}[sampler](eps_model, x_T, alpha_bar, times, noise=noise)
+
+
+@torch.no_grad()
+def stages(model, config, digit, domain, index, seed, dtype, guidance=5.0, interval=(200, 750), **sampler):
+    """x_T and then x_t after every step, each float32 [B, 3, 28, 28] on the model's device, as a generator.
+
+    digit, domain, index: int64 [B]; picture i has the noise of the seed + index[i]. The defaults are what ships.
+    """
+    device = next(model.parameters()).device
+    noise = noise_stream(seed, index, (3, 28, 28), device)
+    x_T = noise()
+    reuse_freed_memory()
+    yield x_T
+    with autocast(device, dtype):
+        eps_model = eps_model_for(model, config, digit.to(device), domain.to(device), guidance, interval)
+        for _, x_t, _ in reverse_process(eps_model, config, x_T, noise, **sampler):
+            yield x_t
+
+
+def judged_samples(model, config, judges):
+    """What a training shows: (picture of 10 samples of each digit and domain, {name: their accuracy by the judges}).
+
+    Sampled as it ships, in the precision of the training; judges: a classifier for each domain.
+    """
+    images, digit = [], torch.arange(100) // 10
+    for d in range(2):
+        *_, x = stages(model, config, digit, torch.full_like(digit, d), torch.arange(100) + 100 * d, 0, torch.float32)
+        images.append(to_uint8(x).cpu())
+    right = [(predict(judge, x) == digit).float().mean().item() for judge, x in zip(judges, images)]
+    accuracy = {f"accuracy_{name}": a for name, a in zip(DOMAINS, right)}
+    return image_grid(torch.cat(images), 20), {**accuracy, "accuracy": sum(right) / 2}
 
 
 def load_digit_unet(path):
@@ -193,5 +258,9 @@ def load_digit_unet(path):
         value = config.get(name)
         if type(value) is not type(possible[0]) or value not in possible:
             raise UserError(f"{path}: its config has {name} {str(value)[:40]!r}; train or fetch it again")
+    steps = config.get("steps", [0])  # the times of a few-step network, downwards
+    times = isinstance(steps, list) and [t for t in range(config["T"] - 1, -1, -1) if t in steps]
+    if not steps or steps != times:
+        raise UserError(f"{path}: its config has steps {str(steps)[:40]!r}; train or fetch it again")
     model = load_weights(DigitUNet(config["channels"], config["deep"]), checkpoint["state_dict"], path)
     return model.eval().to(memory_format=torch.channels_last), config

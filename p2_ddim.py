@@ -18,7 +18,7 @@ import torch
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from diffusion import ddim, lerp, slerp, time_batch, timesteps
+from diffusion import ddim, eps_from_v, lerp, schedule, slerp, time_batch, timesteps
 from UNet import load_unet
 from utils import (
     Parser,
@@ -167,14 +167,18 @@ class Sampler:
 
 
 def make_eps_model(unet, device, dtype):
-    """eps_model(x_t, t), float32 in and out, of a UNet that computes in `dtype`."""
+    """eps_model(x_t, t), float32 in and out, of a UNet that computes in `dtype` and predicts eps or v."""
     if device.type == "cpu":
         reuse_freed_memory()
     layout = fast_layout(device, dtype)
     unet = unet.requires_grad_(False).to(device, memory_format=layout)
     for parameter in unet.parameters():
         parameter.data = parameter.data.to(dtype)  # not the time embedding's buffer, though
-    return lambda x_t, t: unet(x_t.to(dtype).contiguous(memory_format=layout), time_batch(x_t, t)).float()
+
+    def predict(x_t, t):
+        return unet(x_t.to(dtype).contiguous(memory_format=layout), time_batch(x_t, t)).float()
+
+    return eps_from_v(predict, schedule("linear", T)) if unet.objective == "v" else predict
 
 
 def write_eta_sheet(sampler, noises, path):

@@ -2,8 +2,9 @@
 
     python3 p2_train.py --data hw2_data/face/photos --out runs/p2       # the same line again resumes it
 
-Leaves in --out: last.ckpt (resumable), last.pt (EMA weights in half precision; copy it to checkpoints/p2_faces.pt),
-samples/*.png (16 faces after every epoch), csv/ and tensorboard/. p2_ddim.py takes last.pt as it takes UNet.pt.
+Leaves in --out: last.ckpt (resumable), best.pt (of all epochs and --ema decays the average with the lowest loss on
+held-back faces, in half precision; copy it to checkpoints/p2_faces.pt), samples/*.png (16 faces after every epoch),
+csv/ and tensorboard/. p2_ddim.py takes best.pt as it takes UNet.pt.
 """
 
 from __future__ import annotations
@@ -21,22 +22,19 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from diffusion import ddim, run, schedule, time_batch, timesteps, training_loss
+from diffusion import ddim, eps_from_v, run, schedule, time_batch, timesteps, training_loss
 from digits import is_validation
-from train_common import Batches, Keep, add_training_options, fit, lightning_trainer, warmup_cosine
+from train_common import Batches, SaveBest, Training, add_training_options, fit, lightning_trainer
 from UNet import UNet, norm_groups
 from utils import (
     Parser,
     UserError,
-    autocast,
     cli,
-    half,
     image_grid,
     noise_stream,
     open_image,
     output_folder,
     real,
-    save_png,
     to_float,
     to_uint8,
     whole,
@@ -45,22 +43,19 @@ from utils import (
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
-class FaceDiffusion(pl.LightningModule):
+class FaceDiffusion(Training):
     """Algorithm 1 of DDPM (Ho et al. 2020) on batches uint8 [B, 3, S, S], each picture flipped half of the time."""
 
-    def __init__(self, config, lr, total_steps, warmup):
-        super().__init__()
-        self.config, self.lr, self.total_steps, self.warmup = config, lr, total_steps, warmup
-        self.alpha_bar = schedule("linear", 1000)  # what p2_ddim.py samples with
-        self.model = UNet(channel=config["channel"]).to(memory_format=torch.channels_last)
+    alpha_bar = schedule("linear", 1000)  # what p2_ddim.py samples with
 
-    def loss(self, images, **fixed):
-        x_0 = to_float(images)
-        return training_loss(self.model, x_0, self.alpha_bar, min_snr=self.config["min_snr"], **fixed).mean()
+    def loss(self, model, images, **options):
+        x_0, config = to_float(images), self.config
+        weight = {"min_snr": config["min_snr"], "floor": config["floor"]}
+        return training_loss(model, x_0, self.alpha_bar, config["objective"], **weight, **options).mean()
 
     def training_step(self, images, _):
         flip = torch.rand(len(images), 1, 1, 1, device=self.device) < 0.5
-        loss = self.loss(torch.where(flip, images.flip(-1), images))
+        loss = self.loss(self.model, torch.where(flip, images.flip(-1), images), perturb=self.config["perturb"])
         self.log("train_loss", loss)
         return loss
 
@@ -68,29 +63,21 @@ class FaceDiffusion(pl.LightningModule):
         noise = torch.Generator().manual_seed(i)
         t = torch.randint(1000, (len(images),), generator=noise)
         eps = torch.randn(images.shape, generator=noise).to(self.device)
-        self.log("val_loss", self.loss(images, t=t, eps=eps), sync_dist=True)
-
-    def shipped(self):
-        state_dict = self.model.state_dict()
-        frequencies = {"time.0.inv_freq": state_dict["time.0.inv_freq"].cpu()}  # rounded, they would move t
-        return {"state_dict": {**half(state_dict), **frequencies}, "config": self.config}
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), self.lr, betas=(0.9, 0.99), weight_decay=0.01)
-        return warmup_cosine(optimizer, self.total_steps, self.warmup)
+        for decay, average in zip(self.averages.decays, self.averages):
+            self.log(f"val_loss_{decay}", self.loss(average, images, t=t, eps=eps), sync_dist=True)
 
 
-class Samples(Keep):
-    """Saves a picture of 16 faces: DDIM, 50 steps, fixed noise."""
+def draw(model, config):
+    """16 faces by DDIM, 50 steps, as one picture."""
+    alpha_bar = schedule("linear", 1000)
+    noise = noise_stream(0, range(16), (3, config["size"], config["size"]), next(model.parameters()).device)
 
-    def evaluate(self, trainer, module):
-        size = module.config["size"]
-        noise = noise_stream(0, range(16), (3, size, size), module.device)
-        times = timesteps(1000, 50, "course")
-        with autocast(module.device, torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32):
-            x = run(ddim(lambda x, t: module.model(x, time_batch(x, t)), noise(), module.alpha_bar, times))
-        save_png(image_grid(to_uint8(x).cpu(), 8), self.out / "samples" / f"{trainer.global_step:07d}.png")
-        return {}
+    def predict(x_t, t):
+        return model(x_t, time_batch(x_t, t))
+
+    eps_model = eps_from_v(predict, alpha_bar) if config["objective"] == "v" else predict
+    faces = run(ddim(eps_model, noise(), alpha_bar, timesteps(1000, 50, "course")))
+    return image_grid(to_uint8(faces).cpu(), 8), {}
 
 
 def read_faces(folder, size):
@@ -119,8 +106,11 @@ def parse(argv):
     option("--data", default="hw2_data/face/photos", help="folder of pictures")
     option("--size", type=whole(32, 2048, 32), default=64, help="height and width, a multiple of 32 (default: 64)")
     option("--channel", type=channel, default=32, help="width of the largest map; 128 is the course's (default: 32)")
-    option("--min-snr", type=real(0), default=5.0, help="gamma of the min-SNR loss weight; 0 = none (default: 5)")
-    add_training_options(parser, out="runs/p2", steps=7500, batch_size=32, lr=6e-4, ema=0.999)
+    option("--objective", choices=["eps", "v"], default="v", help="what the network predicts (default: v)")
+    option("--min-snr", type=real(0), default=0.0, help="gamma of the min-SNR loss weight; 0 = none (default: 0)")
+    option("--floor", type=real(0, 1), default=0.0, help="the least of those weights (default: 0)")
+    option("--perturb", type=real(0, 1), default=0.1, help="gamma of the input perturbation (default: 0.1)")
+    add_training_options(parser, out="runs/p2", steps=7500, batch_size=32, lr=6e-4, ema=[0.999, 0.9995, 0.9999])
     return parser.parse_args(argv)
 
 
@@ -139,15 +129,15 @@ def main(argv=None):
     args = parse(argv)
     train, val = read_faces(args.data, args.size)
     out = output_folder(args.out)
-    output_folder(out / "samples")
-    config = {"channel": args.channel, "size": args.size, "min_snr": args.min_snr or None}
+    config = {name: getattr(args, name) for name in ("channel", "size", "objective", "floor", "perturb")}
+    config["min_snr"] = args.min_snr or None
     pl.seed_everything(args.seed, verbose=False)
-    module = FaceDiffusion(config, args.lr, args.steps, args.warmup)
-    trainer = lightning_trainer(args, [Samples(out)])
+    module = FaceDiffusion(UNet(channel=args.channel), config, args)
+    trainer = lightning_trainer(args, [SaveBest(out, draw)])
     drawn = Batches(len(train), lambda rows: train[torch.randint(len(train), (len(rows),))])
     fit(args, trainer, module, drawn, Batches(len(val), val.__getitem__))
     if trainer.is_global_zero:
-        print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,last.pt,samples/}}")
+        print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,best.pt,samples/}}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import math
 import pathlib
@@ -18,10 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from utils import (
     UserError,
     add_device_options,
+    half,
     load_checkpoint,
+    output_folder,
     real,
     reuse_freed_memory,
     save_checkpoint,
+    save_png,
     training_precision,
     whole,
 )
@@ -47,7 +51,8 @@ def add_training_options(parser, out, steps, batch_size, lr, ema):
     option("--steps", type=whole(), default=steps, help=f"optimizer steps of the whole training (default: {steps})")
     option("--batch-size", type=whole(), default=batch_size, help=f"a device (default: {batch_size})")
     option("--lr", type=real(positive=True), default=lr)
-    option("--ema", type=real(0, 1), default=ema, help="decay of the weights' moving average, a step")
+    several = {"nargs": "+", "metavar": "DECAY"} if isinstance(ema, list) else {}
+    option("--ema", type=real(0, 1), default=ema, help="decay of the weights' moving average, a step", **several)
     option("--devices", type=whole(), default=1, help="GPUs or CPU processes a node; more than one means DDP")
     option("--num_nodes", type=whole(), default=1)
 
@@ -59,6 +64,85 @@ def duration(text):
         raise UserError(f"take DD:HH:MM:SS, as 00:01:30:00 for an hour and a half, not {text[:40]!r}")
     days, hours, minutes, seconds = map(int, parts.groups())
     return datetime.timedelta(days, seconds, hours=hours, minutes=minutes)
+
+
+class MovingAverages(torch.nn.ModuleList):
+    """Copies of a network, each an exponential moving average of its weights with a decay of its own.
+
+    As a part of the module that is trained they go to its device and into its checkpoints; validation tells which of
+    them is best. The first steps decay faster, (1 + n)/(10 + n) after n, since the start is soon worth nothing.
+    """
+
+    def __init__(self, model, decays):
+        super().__init__(copy.deepcopy(model).requires_grad_(False) for _ in decays)
+        self.decays = decays
+
+    @torch.no_grad()
+    def update(self, model, step):
+        for decay, average in zip(self.decays, self):
+            decay = min(decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+class Training(pl.LightningModule):
+    """A network, its config, and its moving averages, trained by AdamW as the options say. Subclasses have the steps;
+    their validation logs a val_loss_{decay} for every average."""
+
+    def __init__(self, model, config, args):
+        super().__init__()
+        self.model = model.train().to(memory_format=torch.channels_last)
+        self.averages = MovingAverages(self.model, args.ema)
+        self.config, self.args = config, args
+
+    def on_train_batch_end(self, *_):
+        self.averages.update(self.model, self.trainer.global_step)
+
+    def configure_optimizers(self):
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, self.args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        return warmup_cosine(optimizer, self.args.steps, self.args.warmup)
+
+
+class SaveBest(pl.Callback):
+    """After every validation, of the moving average with the lowest loss: samples go to samples/, and its weights, in
+    half precision, to best.pt unless an earlier epoch had a lower one.
+
+    draw(model, config, *given) gives the picture of samples, and a dictionary of what they are worth.
+    """
+
+    def __init__(self, out, draw, *given):
+        self.out, self.draw, self.given, self.best = out, draw, given, math.inf
+        output_folder(out / "samples")
+
+    def on_validation_epoch_end(self, trainer, module):
+        decays = module.averages.decays
+        losses = [float(trainer.callback_metrics[f"val_loss_{decay}"]) for decay in decays]
+        if not trainer.is_global_zero:
+            return
+        i = losses.index(min(losses))
+        model = module.averages[i]
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            picture, metrics = self.draw(model, module.config, *self.given)
+        save_png(picture, self.out / "samples" / f"{trainer.global_step:07d}.png")
+        metrics = {**metrics, "val_loss": losses[i], "ema": decays[i]}
+        for name, value in metrics.items():
+            module.log(name, value, rank_zero_only=True)
+        if losses[i] < self.best:
+            self.best = losses[i]
+            weights = {k: v.cpu() for k, v in model.state_dict().items()}  # buffers, as times, are not to be rounded
+            checkpoint = {
+                "state_dict": {**weights, **half(dict(model.named_parameters()))},
+                "config": module.config,
+                "step": trainer.global_step,
+                "metrics": metrics,
+            }
+            save_checkpoint(checkpoint, self.out / "best.pt")
+
+    def state_dict(self):
+        return {"best": self.best}
+
+    def load_state_dict(self, state):
+        self.best = state["best"]
 
 
 def warmup_cosine(optimizer, total_steps, warmup):
@@ -83,38 +167,6 @@ class SeedEpochs(pl.Callback):
 
     def on_train_epoch_start(self, trainer, module):
         torch.manual_seed(self.seed + 1000 * trainer.current_epoch + trainer.global_rank)
-
-
-class Keep(pl.Callback):
-    """After every epoch, with the averaged weights: last.pt, and best.pt where the metric `score` is the highest so
-    far (the later one of equals). Both are module.shipped(), {"state_dict", "config"}, with step and metrics.
-
-    A subclass gives evaluate(trainer, module) -> {metric: number}. lightning_trainer puts it before the averaging,
-    which takes the training weights back at the end of the validation.
-    """
-
-    score = None
-
-    def __init__(self, out):
-        self.out, self.best = pathlib.Path(out), -math.inf
-
-    def on_validation_epoch_end(self, trainer, module):
-        losses = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_loss")}  # of all ranks
-        if not trainer.is_global_zero:
-            return
-        metrics = self.evaluate(trainer, module)
-        module.log_dict(metrics, rank_zero_only=True)
-        checkpoint = {**module.shipped(), "step": trainer.global_step, "metrics": {**metrics, **losses}}
-        save_checkpoint(checkpoint, self.out / "last.pt")
-        if self.score and metrics[self.score] >= self.best:
-            self.best = metrics[self.score]
-            save_checkpoint(checkpoint, self.out / "best.pt")
-
-    def state_dict(self):
-        return {"best": self.best}
-
-    def load_state_dict(self, state):
-        self.best = state["best"]
 
 
 class MovingAverage(EMAWeightAveraging):
@@ -168,8 +220,8 @@ class Batches(Dataset):
 
 
 def lightning_trainer(args, callbacks):
-    """A Trainer for the options above. After `callbacks` the weights are averaged by args.ema, where it is set and none
-    of them does that. Sets args.resume_from to the run's last.ckpt where there is one.
+    """A Trainer for the options above. The weights are averaged by args.ema, where that is one number and no callback
+    does it. Sets args.resume_from to the run's last.ckpt where there is one.
 
     --steps must be a multiple of --epoch-steps, since checkpoints and samples are made at the end of epochs.
     """
@@ -183,7 +235,7 @@ def lightning_trainer(args, callbacks):
     if device.type == "cuda" and args.devices > torch.cuda.device_count():
         raise UserError(f"--devices {args.devices}: this machine has {torch.cuda.device_count()} GPUs; take fewer")
     dtype = training_precision(args.precision, device)
-    if args.ema and not any(isinstance(c, MovingAverage) for c in callbacks):
+    if isinstance(args.ema, float) and not any(isinstance(c, MovingAverage) for c in callbacks):
         callbacks = [*callbacks, MovingAverage(args)]
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # so a run resumes
     warnings.filterwarnings("ignore", ".*does not have many workers")  # batches come from memory

@@ -1,6 +1,7 @@
 """Problem 1 in one table: accuracy, FID, time and network evaluations of samplers, steps, guidance; and of two peers.
 
     python3 benchmarks/p1.py --data hw2_data/digits --classifier Classifier.pth --out table.md
+    python3 benchmarks/p1.py --students runs/p1_four/best.pt runs/p1_two/best.pt --only dpm++ 16 5 200-750 --no-peers
     python3 benchmarks/p1.py --data hw2_data/digits --neighbours neighbours.png
 
 FID is of the 1,000 images of hw2_1.sh, or of fewer (--fid-images), against held-back real digits, equally many of each
@@ -10,11 +11,14 @@ The peers, around the same network:
 - "ancestral 400": DDPM over 400 steps with beta_t as variance, no clipping and w = 2, as the repository
   TeaPearce/Conditional_Diffusion_MNIST samples;
 - "diffusers": its DPMSolverMultistepScheduler (2M, trailing spacing) with the steps and guidance of the first row.
---neighbours shows 20 samples of each domain, each above the training image nearest to it in pixels.
+--students adds rows of few-step networks (p1_distill.py). --neighbours shows 20 samples of each domain, each above the
+training image nearest to it in pixels, and says how far samples are from those and from each other, and training images
+too; of a few-step network where --checkpoint is one.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 
@@ -29,6 +33,7 @@ from digits import DOMAINS, load_digits
 from p1_model import eps_model_for, load_digit_unet, reverse_process
 from utils import (
     Parser,
+    UserError,
     add_device_options,
     autocast,
     cli,
@@ -71,7 +76,7 @@ class Counted:
 
 
 def ours(eps_model, config, noise, sampler, steps):
-    return run(reverse_process(eps_model, config, noise, sampler, steps))
+    return run(reverse_process(eps_model, config, noise(), noise, sampler, steps))
 
 
 def ancestral_peer(eps_model, config, noise, _, steps):
@@ -139,6 +144,17 @@ class Fid:
         ]
 
 
+def student(args, path):
+    """(args with the few-step network of a file, what `row` wants to know of it)."""
+    model, config = load_digit_unet(path)
+    if "steps" not in config:
+        raise UserError(f"--students {path}: not a few-step network; give it as --checkpoint")
+    args = copy.copy(args)
+    args.model, args.config = model.to(args.device), config
+    name = f"student, t = {', '.join(map(str, config['steps']))}"
+    return args, name, ours, ("", len(config["steps"]), 1.0, FULL)
+
+
 def row(args, fid, name, make, setting):
     """A line of the table; settings of hundreds of steps make a fifth of the images, and have no FID then."""
     n = args.num_per_digit if setting[1] <= 100 else max(1, args.num_per_digit // 5)
@@ -157,22 +173,28 @@ def row(args, fid, name, make, setting):
 
 
 def neighbours(args, path):
-    """20 samples of each domain, each above the training image nearest to it in pixels (Euclidean)."""
+    """20 samples of each domain, each above the training image nearest to it in pixels; median distances."""
     images, _, _ = generate(args, args.num_per_digit, ours, *args.grid[0])
     rows = []
     for d, name in enumerate(DOMAINS):
         train = load_digits(args.data, name, "train")[0]
-        chosen = images.chunk(2)[d][torch.arange(20) * args.num_per_digit // 2]
-        distance = torch.cdist(chosen.flatten(1).float(), train.flatten(1).float())
-        nearest, found = distance.min(dim=1)
-        among_real = torch.cdist(train[:200].flatten(1).float(), train[200:].flatten(1).float()).min(dim=1).values
-        print(
-            f"{name}: median distance of a sample to its nearest training image {nearest.median():.0f}; "
-            f"of a training image to its nearest other {among_real.median():.0f}"
-        )
-        rows += [chosen, train[found]]
+        samples = images.chunk(2)[d]
+        for what, x, own in (("sample", samples, False), ("training image", train[: len(samples)], True)):
+            to_train, to_each_other = (float(nearest(x, y, o)[0].median()) for y, o in ((train, own), (x, True)))
+            print(
+                f"{name}: median distance of a {what} to its nearest training image {to_train:.0f}, "
+                f"to the nearest other of {len(x)} {what}s {to_each_other:.0f}"
+            )
+        chosen = samples[torch.arange(20) * args.num_per_digit // 2]
+        rows += [chosen, train[nearest(chosen, train)[1]]]
     save_png(image_grid(torch.cat(rows).repeat_interleave(2, 2).repeat_interleave(2, 3), 20), path)
     print(f"wrote {path}: rows samples, nearest of MNIST-M; samples, nearest of SVHN")
+
+
+def nearest(images, others, own=False):
+    """(Euclidean distance, index) of the nearest of the others to each of uint8 images; `own`: others[i] is image i."""
+    distance = torch.cdist(images.flatten(1).float(), others.flatten(1).float())
+    return (distance.fill_diagonal_(float("inf")) if own else distance).min(dim=1)
 
 
 @cli
@@ -181,6 +203,7 @@ def main(argv=None):
     option = parser.add_argument
     option("--data", default="hw2_data/digits")
     option("--checkpoint", default=str(root / "p1_unet.pt"))
+    option("--students", nargs="+", default=[], metavar="CHECKPOINT", help="few-step networks")
     judge = str(root / "mnistm_classifier.pth")
     option("--classifier", default=judge, help="of MNIST-M: the course's Classifier.pth or ours")
     option("--svhn-classifier", default=str(root / "svhn_classifier.pth"))
@@ -217,12 +240,13 @@ def main(argv=None):
         lines.append(
             "| real, half against half | | | | | | | " + " | ".join(f"{v:.1f}" for v in fid.of_real()) + " | | |"
         )
-    jobs = [(s[0], ours, s) for s in args.grid]
+    jobs = [student(args, path) for path in args.students] + [(args, s[0], ours, s) for s in args.grid]
     if not args.no_peers:
-        jobs += [("ancestral 400", ancestral_peer, ("", 400, 3.0, FULL)), ("diffusers", diffusers_peer, args.grid[0])]
+        jobs.append((args, "ancestral 400", ancestral_peer, ("", 400, 3.0, FULL)))
+        jobs.append((args, "diffusers", diffusers_peer, args.grid[0]))
     print("\n".join(lines))
-    for name, make, setting in jobs:
-        lines.append(row(args, fid, name, make, setting))
+    for of_network, *job in jobs:
+        lines.append(row(of_network, fid, *job))
         print(lines[-1], flush=True)
     save_table(lines, args.out)
 

@@ -1,7 +1,8 @@
-"""Problem 2 in one table: time, memory and difference of our DDIM in fp32 and bf16, a plain loop, and diffusers.
+"""Problem 2 in two tables: speed, memory and difference of our DDIM, a plain loop and diffusers; quality of networks.
 
     python3 benchmarks/p2.py --out table.md                             # full size, random weights, one 256x256 picture
     python3 benchmarks/p2.py --count 10 --steps 2 --only "ours fp32"    # the memory that ten pictures take
+    python3 benchmarks/p2.py --quality checkpoints/p2_faces.pt runs/p2/best.pt --size 64 --count 1000
 
 All variants run the same weights on the same noises, each in a process of its own, so that its peak memory is its own:
 - "ours ...": p2_ddim.py's sampler as it is;
@@ -11,6 +12,12 @@ All variants run the same weights on the same noises, each in a process of its o
   course's network, with our weights renamed, and its DDIMScheduler.
 Differences are of the final pictures to those of "ours fp32": the greatest of x_0, in [-1, 1], and the mean squared
 error of the written pixels, 0..255, which the course bounds by 20.
+
+--quality has a row for each network's --count pictures (of the seeds 0, 1, ...; eta 0), and one for as many real ones:
+- FID to as many other real pictures (it falls with the count, so only differences mean something);
+- casts: the deviation over pictures of r - g and g - b, differences of a picture's channel means, pixels in [-1, 1];
+- the means of the three channels;
+- noise: the mean of |x - mean of its 3x3 neighbourhood| on 0..255, at each eta of the sheet (above 0: of 64 pictures).
 """
 
 from __future__ import annotations
@@ -29,8 +36,8 @@ from torch.nn import functional as F
 
 import UNet as room
 from diffusion import ddim, run, schedule, time_batch, timesteps
-from p2_ddim import Sampler
-from utils import cli, noise_stream, pick_device, plain_attention
+from p2_ddim import ETAS, Sampler
+from utils import UserError, cli, noise_stream, pick_device, plain_attention, to_uint8
 
 VARIANTS = ["plain fp32", "diffusers fp32", "ours fp32", "ours bf16"]
 
@@ -38,9 +45,13 @@ VARIANTS = ["plain fp32", "diffusers fp32", "ours fp32", "ours bf16"]
 # ------------------------------------------------------------------------ the variants: noises -> pictures, both lists
 
 
+def our_sampler(args, unet, precision):
+    options = {"unet": unet, "seed": 0, "batch_size": None, "precision": precision}
+    return Sampler(argparse.Namespace(**{**vars(args), **options}))
+
+
 def ours(args, precision):
-    options = {"seed": 0, "batch_size": None, "precision": precision, "eta": 0.0}
-    sampler = Sampler(argparse.Namespace(**{**vars(args), **options}))
+    sampler = our_sampler(args, args.unet, precision)
     return lambda noises: list(sampler(noises, 0.0, args.worker)), sampler.eps_model
 
 
@@ -182,6 +193,61 @@ def describe(args):
     return f"{describe_machine(pick_device(args.device))}; {pictures}"
 
 
+# ------------------------------------------------------------------------ the quality of networks
+
+
+def quality_table(args):
+    from fid import Inception, frechet_distance
+
+    from p2_train import read_faces
+
+    real = torch.cat(read_faces(args.data, args.size))
+    real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
+    if len(real) < 2 * args.count:
+        raise UserError(f"--count {args.count}: {args.data} has {len(real)} pictures; take at most {len(real) // 2}")
+    args.device = pick_device(args.device)
+    inception = Inception(args.device)
+    reference = inception(real[: args.count])
+    lines = [
+        f"{describe_machine(args.device)}; {args.count} of {args.size}x{args.size}, {args.steps} steps",
+        "",
+        "| pictures | FID | cast r-g | cast g-b | mean r | mean g | mean b | "
+        + " | ".join(f"noise, eta {eta:g}" for eta in ETAS)
+        + " |",
+        "|---|" + "---|" * (6 + len(ETAS)),
+    ]
+    print("\n".join(lines))
+    for name in ["real", *args.quality]:
+        images = {0.0: real[args.count : 2 * args.count]} if name == "real" else faces(args, name)
+        r_g, g_b, *means = colours(images[0.0])
+        noises = " | ".join(f"{remaining_noise(images[eta]):.1f}" if eta in images else "" for eta in ETAS)
+        distance = frechet_distance(inception(images[0.0]), reference)
+        cells = " | ".join(f"{v:.3f}" for v in (r_g, g_b)) + " | " + " | ".join(f"{v:.2f}" for v in means)
+        lines.append(f"| {name} | {distance:.1f} | {cells} | {noises} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def faces(args, unet):
+    """{eta: uint8 [N, 3, S, S]} by the network of a file: --count at eta 0, at most 64 at the others."""
+    sampler = our_sampler(args, unet, "auto")
+    noises = [noise_stream(0, [i], (3, args.size, args.size))()[0] for i in range(args.count)]
+    counts = {eta: args.count if eta == 0 else min(64, args.count) for eta in ETAS}
+    return {eta: to_uint8(torch.stack(list(sampler(noises[:n], eta, f"eta {eta}")))) for eta, n in counts.items()}
+
+
+def colours(images):
+    """Deviations over uint8 pictures [N, 3, S, S] of r - g and g - b, and the means of r, g and b; all of [-1, 1]."""
+    r, g, b = (images.float() / 127.5 - 1).mean((2, 3)).unbind(1)
+    return [float(v) for v in ((r - g).std(), (g - b).std(), r.mean(), g.mean(), b.mean())]
+
+
+def remaining_noise(images):
+    """The mean of |x - the mean of its 3x3 neighbourhood|, of the pixels 0..255 that have all of it."""
+    x = images.float()
+    return float((x[..., 1:-1, 1:-1] - F.avg_pool2d(x, 3, stride=1)).abs().mean())
+
+
 @cli
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -192,6 +258,8 @@ def main(argv=None):
     option("--count", type=int, default=1, help="how many pictures")
     option("--steps", type=int, default=50)
     option("--only", action="append", choices=[*VARIANTS, "ours fp16"], help="these variants (fp16 needs a GPU)")
+    option("--quality", nargs="+", metavar="UNET", help="the table of quality instead, of these networks")
+    option("--data", default="hw2_data/face/photos", help="folder of real pictures for --quality")
     option("--device", default="auto")
     add_out_option(parser)
     option("--worker", help=argparse.SUPPRESS)
@@ -199,6 +267,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.worker:
         return work(args)
+    if args.quality:
+        return save_table(quality_table(args), args.out)
     lines = [
         describe(args),
         "",

@@ -113,6 +113,29 @@ def test_min_snr_weight_is_min_of_snr_and_gamma_on_the_x_0_error(objective):
     assert torch.allclose(training_loss(model, x_0, ALPHA_BAR, objective, 5.0, t, eps).double(), expected, rtol=1e-3)
 
 
+def test_a_floor_keeps_the_weight_of_clean_times():
+    x_0, eps, t = torch.zeros(3, 3, 4, 4), torch.randn(3, 3, 4, 4), torch.tensor([0, 500, 999])
+
+    def loss(floor):
+        return training_loss(lambda x_t, t: torch.zeros(1), x_0, ALPHA_BAR, "v", 5.0, t, eps, floor)
+
+    plain = training_loss(lambda x_t, t: torch.zeros(1), x_0, ALPHA_BAR, "v", None, t, eps)
+    assert (loss(0.0) / plain)[0] < 0.01
+    assert torch.allclose(loss(0.2) / plain, (loss(0.0) / plain).clamp(min=0.2))
+
+
+def test_input_perturbation_adds_noise_of_which_the_target_knows_nothing():
+    """For data 0 the input is s (eps + 0.5 xi): its deviation grows to s sqrt(1.25), and eps stays the target."""
+    t, eps, seen = torch.full((64,), 400), torch.randn(64, 3, 8, 8), []
+    loss = training_loss(
+        lambda x_t, t: seen.append(x_t) or eps, torch.zeros_like(eps), ALPHA_BAR, t=t, eps=eps, perturb=0.5
+    )
+    s = alpha_sigma(ALPHA_BAR, 400)[1]
+    assert loss.max() == 0
+    assert seen[0].std() == pytest.approx(s * 1.25**0.5, rel=0.02)
+    assert (seen[0] / s - eps).std() == pytest.approx(0.5, rel=0.02)
+
+
 # ------------------------------------------------------------------------ samplers on a Gaussian
 
 

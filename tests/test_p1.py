@@ -171,6 +171,7 @@ def tiny(tmp_path_factory):
         "fp32",
         "--ema",
         0.5,
+        0.8,
         "--warmup",
         2,
     ]
@@ -186,11 +187,11 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tiny, tmp_path):
     options = [*tiny, "--epoch-steps", 3, "--lr", 1e-3]
     script("p1_train.py", *options, "--out", tmp_path / "whole", "--steps", 9)
     script("p1_train.py", *options, "--out", tmp_path / "parts", "--steps", 9, "--max-epochs", 2)
-    assert load_checkpoint(tmp_path / "parts/last.pt")["step"] == 6
+    assert load_checkpoint(tmp_path / "parts/last.ckpt")["global_step"] == 6
     done = script("p1_train.py", *options, "--out", tmp_path / "parts", "--steps", 9)
     assert "step 9 of 9; wrote" in done.stdout
-    a, b = (load_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "parts"))
-    assert a["step"] == b["step"] == 9
+    a, b = (load_checkpoint(tmp_path / run / "last.ckpt") for run in ("whole", "parts"))
+    assert a["global_step"] == b["global_step"] == 9
     assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
     images = [(tmp_path / run / "samples/0000009.png").read_bytes() for run in ("whole", "parts")]
     assert images[0] == images[1]
@@ -214,19 +215,31 @@ def test_a_short_training_lowers_the_loss_of_both_domains(tiny, tmp_path):
     pytest.importorskip("pytorch_lightning")
     script("p1_train.py", *tiny, "--out", tmp_path, "--steps", 120, "--epoch-steps", 40, "--lr", 4e-3)
     for domain in ("mnistm", "svhn"):
-        first, *_, last = losses(tmp_path, f"val_loss_{domain}")
+        first, *_, last = losses(tmp_path, f"val_loss_0.5_{domain}")
         assert last < 0.9 * first
     saved = load_checkpoint(tmp_path / "best.pt")
     assert {"state_dict", "config", "step", "metrics"} <= set(saved) and 0 <= saved["metrics"]["accuracy"] <= 1
+    lowest = min(losses(tmp_path, "val_loss_0.5") + losses(tmp_path, "val_loss_0.8"))
+    assert saved["metrics"]["val_loss"] == pytest.approx(lowest, rel=1e-5)
     script("p1_infer.py", tmp_path / "out", "--checkpoint", tmp_path / "best.pt", "--num-per-digit", 1, "--steps", 2)
     assert len(read(tmp_path / "out")) == 20
+
+
+def test_a_training_goes_on_from_a_checkpoint_and_its_config(checkpoint, tiny, tmp_path):
+    pytest.importorskip("pytorch_lightning")
+    options = [*tiny, "--start", checkpoint, "--channels", 32, "--steps", 1, "--epoch-steps", 1, "--lr", 1e-9]
+    script("p1_train.py", *options, "--out", tmp_path)
+    before, after = load_checkpoint(checkpoint), load_checkpoint(tmp_path / "best.pt")
+    assert after["config"]["channels"] == 16
+    for key, value in before["state_dict"].items():
+        assert torch.allclose(value.float(), after["state_dict"][key].float(), atol=1e-4), key
 
 
 def test_two_processes_train_together(tiny, tmp_path):
     pytest.importorskip("pytorch_lightning")
     done = script("p1_train.py", *tiny, "--out", tmp_path, "--steps", 3, "--epoch-steps", 3, "--devices", 2, apart=True)
     assert "MEMBER: 2/2" in done.stdout + done.stderr and done.stdout.count("step 3 of 3; wrote") == 1
-    assert load_checkpoint(tmp_path / "last.pt")["step"] == 3
+    assert load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 3
 
 
 def test_a_training_without_data_is_one_line(tmp_path):

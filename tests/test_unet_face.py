@@ -173,6 +173,25 @@ def test_the_width_comes_from_the_checkpoint(narrow, tmp_path, wrapped):
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), state_dict.values()))
 
 
+def test_the_objective_comes_from_the_checkpoint_and_is_eps_without_one(narrow, tmp_path):
+    for config, objective in (({}, "eps"), ({"objective": "v"}, "v"), ({"objective": "eps", "size": 64}, "eps")):
+        torch.save({"state_dict": narrow.state_dict(), "config": config}, tmp_path / "unet.pt")
+        assert load_unet(tmp_path / "unet.pt").objective == objective
+    torch.save({"state_dict": narrow.state_dict(), "config": {"objective": "x_0"}}, tmp_path / "unet.pt")
+    with pytest.raises(UserError, match="unet.pt: its objective is 'x_0', not eps or v"):
+        load_unet(tmp_path / "unet.pt")
+
+
+def test_a_network_that_predicts_v_is_sampled_by_its_eps(narrow, tmp_path):
+    """eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t."""
+    torch.save({"state_dict": narrow.state_dict(), "config": {"objective": "v"}}, tmp_path / "unet.pt")
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([300, 300])
+    with torch.no_grad():
+        v, eps = narrow(x, t), make_eps_model(load_unet(tmp_path / "unet.pt"), CPU, torch.float32)(x, 300)
+    a = schedule()[300]
+    assert torch.allclose(eps, (a.sqrt() * v + (1 - a).sqrt() * x).float(), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
