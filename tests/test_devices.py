@@ -266,7 +266,7 @@ def test_a_training_learns_the_same_on_the_device_as_on_the_cpu_and_waits_in_no_
     for device in ("cpu", PRETEND):
         run(script, device, "--data", data / folder, "--out", tmp_path / device, *options, *SMALL)
     assert waits == [0, 0]
-    assert same(tmp_path / "cpu/last.pt", tmp_path / PRETEND / "last.pt")
+    assert same(tmp_path / "cpu/best.pt", tmp_path / PRETEND / "best.pt")
     assert same(tmp_path / "cpu/last.ckpt", tmp_path / PRETEND / "last.ckpt")
 
 
