@@ -1,7 +1,7 @@
 """Textual Inversion (Gal et al. 2023): learns the vectors of one placeholder from a few pictures, keeps the best step.
 
     training = Inversion(model, learned_tokens(model), concept, Recipe(), "runs/new1")
-    print(training.run(image_files("hw2_data/textual_inversion/0"), "embeddings/new1.pt"))
+    print(training.run(image_files("hw2_data/textual_inversion/0"), "embeddings/new1.safetensors"))
 
 p3_textual_inversion.py runs this for all concepts of a JSON, p3_infer.py for a token that has no embedding yet.
 """
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from diffusion import training_loss
 from p3_clip import best_fifth, image_scores, text_scores
-from p3_model import fitting_batch, generate, user_errors, weights_id
+from p3_model import fitting_batch, generate, read_embeddings, user_errors, weights_id
 from utils import (
     UserError,
     atomic,
@@ -172,7 +172,7 @@ def held_back_loss(model, moments, prompts, batch, seed=0, times=8):
 
 
 class Inversion:
-    """One token's training. `learn` leaves step_00050.pt ... in the folder `work` and resumes from its state.pt,
+    """One token's training. `learn` leaves step_00050.safetensors ... in `work` and resumes from its state.pt,
     `choose` finds the best of these steps, `run` does both and writes the embedding.
 
     Every draw of a step is seeded by the step, so that a resumed training equals an uninterrupted one.
@@ -249,13 +249,12 @@ class Inversion:
         return generate(self.model, template.format(self.token), indices, size=self.recipe.size, **settings)
 
     def save(self, examples):
-        """step_NNNNN.pt with its held-back loss, losses.csv, and state.pt to resume from."""
+        """step_NNNNN.safetensors with its held-back loss, losses.csv, and state.pt to resume from."""
         step, told = len(self.losses), [texts[0].format(self.token) for texts in examples.captions]
         loss = held_back_loss(self.model, examples.held, told, self.recipe.batch)
         with user_errors():
-            self.tokens.save(
-                self.work / f"step_{step:05d}.pt", [self.token], step=step, scores={"held_back_loss": loss}
-            )
+            path = self.work / f"step_{step:05d}.safetensors"
+            self.tokens.save(path, [self.token], step=step, scores={"held_back_loss": loss})
         with atomic(self.work / "losses.csv") as temporary:
             temporary.write_text("step,loss\n" + "".join(f"{i + 1},{x:.6f}\n" for i, x in enumerate(self.losses)))
         state = {"training": self.identity(), "losses": self.losses, "vectors": self.vectors.detach().cpu()}
@@ -289,10 +288,11 @@ class Inversion:
     def saved(self):
         """[(held-back loss, step, vectors)] of the saved steps, the lowest loss first. With `recipe.average` above 1
         the vectors are means of saved steps (Polyak and Juditsky 1992), losses are not."""
-        content = [load_checkpoint(path) for path in sorted(self.work.glob("step_*.pt"))]
-        vectors, n = [c[self.token] for c in content], self.recipe.average
+        with user_errors():
+            content = [read_embeddings(path) for path in sorted(self.work.glob("step_*.safetensors"))]
+        vectors, n = [v[self.token] for v, _ in content], self.recipe.average
         means = [torch.stack(vectors[max(0, i + 1 - n) : i + 1]).mean(0) for i in range(len(vectors))]
-        saved = [(c["scores"]["held_back_loss"], c["step"], mean) for c, mean in zip(content, means)]
+        saved = [(told["scores"]["held_back_loss"], told["step"], mean) for (_, told), mean in zip(content, means)]
         return sorted(saved, key=lambda entry: entry[:2])
 
     def choose(self, files, clip=None, deadline=None):

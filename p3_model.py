@@ -103,20 +103,22 @@ def learned_tokens(model):
 
 
 def embedding_path(folder, token):
-    """Where the embedding of a token is kept: <new1> in new1.pt."""
+    """Where the embedding of a token is kept: <new1> in new1.safetensors."""
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in token.strip("<>"))
-    return pathlib.Path(folder) / f"{name or 'token'}.pt"
+    return pathlib.Path(folder) / f"{name or 'token'}.safetensors"
 
 
 def load_embeddings(tokens, folder, wanted):
     """Adds those of the `wanted` tokens that the files of a folder have for this text encoder; returns the others.
 
-    Takes every format that ldm reads. A file learned with another text encoder is passed over, with a warning.
+    Takes every format that ldm reads, a bare tensor for the token that its file is named after, and .safetensors before
+    others. A file learned with another text encoder is passed over, with a warning.
     """
-    files = sorted(p for p in pathlib.Path(folder).glob("*") if p.suffix in (".pt", ".bin", ".safetensors"))
-    for path in files:
+    files = [p for p in pathlib.Path(folder).glob("*") if p.suffix in (".safetensors", ".pt", ".bin")]
+    for path in sorted(files, key=lambda p: (p.suffix != ".safetensors", p)):
+        named_after = [t for t in wanted if embedding_path(folder, t).stem == path.stem]
         with user_errors():
-            vectors, metadata = read_embeddings(path)
+            vectors, metadata = read_embeddings(path, *named_after[:1])
         useful = [t for t in vectors if t in wanted and t not in tokens]
         if not useful:
             continue

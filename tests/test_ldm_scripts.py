@@ -237,7 +237,7 @@ def test_txt2img_options(txt2img, files, tmp_path):
     for name, words in (("new1", "corgi"), ("new2", "cartoon")):
         tokens = LearnedTokens(load_model(*files).cond_stage_model)
         tokens.add(f"<{name}>", tokens.initial(words))
-        tokens.save(tmp_path / f"{name}.pt")
+        tokens.save(tmp_path / f"{name}.safetensors")
     code, out, err = txt2img(
         tmp_path,
         "--from-file",
@@ -251,8 +251,8 @@ def test_txt2img_options(txt2img, files, tmp_path):
         "--scale",
         "1",
         "--embedding_path",
-        str(tmp_path / "new1.pt"),
-        str(tmp_path / "new2.pt"),
+        str(tmp_path / "new1.safetensors"),
+        str(tmp_path / "new2.safetensors"),
     )
     assert code == 0, err
     made = pictures(tmp_path / "samples")

@@ -27,7 +27,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def embeddings(files, tmp_path_factory):
-    """A folder with new1.pt (two vectors) and new2.pt."""
+    """A folder with new1.safetensors (two vectors) and new2.safetensors."""
     folder = tmp_path_factory.mktemp("embeddings")
     tokens = p3_model.learned_tokens(p3_tiny.load(files))
     for token, words, vectors in (("<new1>", "corgi dog", 2), ("<new2>", "painting", 1)):
@@ -192,8 +192,9 @@ def test_pictures_of_other_prompts_settings_or_embeddings_are_made_anew(task, fi
     assert made() == 12
     tokens = p3_model.learned_tokens(p3_tiny.load(files))
     tokens.add("<new2>", tokens.initial("cartoon"))
-    tokens.save(tmp_path / "new2.pt")
-    (tmp_path / "new1.pt").write_bytes((Path(task[task.index("--embeddings") + 1]) / "new1.pt").read_bytes())
+    tokens.save(tmp_path / "new2.safetensors")
+    source = Path(task[task.index("--embeddings") + 1])
+    (tmp_path / "new1.safetensors").write_bytes((source / "new1.safetensors").read_bytes())
     task += ["--embeddings", tmp_path]
     assert made() == 6  # the prompts that say <new2>
     task += ["--images", 2]
@@ -232,13 +233,13 @@ def test_a_placeholder_that_is_no_token_name_is_an_error(task, monkeypatch, caps
 def test_a_missing_embedding_is_trained_once_from_the_pictures_beside_the_json(task, tmp_path, monkeypatch, capsys):
     (tmp_path / "some").mkdir()
     source = Path(task[task.index("--embeddings") + 1])
-    (tmp_path / "some/new1.pt").write_bytes((source / "new1.pt").read_bytes())
+    (tmp_path / "some/new1.safetensors").write_bytes((source / "new1.safetensors").read_bytes())
     options = ["--embeddings", tmp_path / "some", "--train-missing", "--train-steps", 2]
     assert run(monkeypatch, *task, *options) == 0
     out = capsys.readouterr().out
     assert "<new2> has no embedding for this model: training it on 2 pictures now" in out and "<new1> has no" not in out
     assert "eps loss on held-back crops" in out and sorted(contents(task[1])) == sorted(LAYOUT)
-    assert load_checkpoint(task[1] / ".embeddings/new2.pt")["init_word"] == "David Revoy"
+    assert p3_model.read_embeddings(task[1] / ".embeddings/new2.safetensors")[1]["init_word"] == "David Revoy"
     assert run(monkeypatch, *task, *options) == 0
     out = capsys.readouterr().out
     assert "training" not in out and "wrote 0 pictures" in out

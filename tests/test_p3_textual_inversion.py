@@ -95,7 +95,7 @@ def test_the_loss_on_the_concepts_pictures_falls(model, tmp_path):
     training = inversion(model, tmp_path, TINY._replace(steps=120, batch=4, lr=0.1 / 4, save_every=120))
     before = p3_invert.held_back_loss(model, moments, ["a photo of a <new1>"] * 3, 8)
     training.learn(Examples(moments, moments, [OBJECT_CAPTIONS[:1]] * 3))
-    after = load_checkpoint(tmp_path / "step_00120.pt")["scores"]["held_back_loss"]
+    after = p3_model.read_embeddings(tmp_path / "step_00120.safetensors")[1]["scores"]["held_back_loss"]
     assert after < before - 0.002
 
 
@@ -128,19 +128,19 @@ def test_a_resumed_training_equals_an_uninterrupted_one(files, tmp_path):
     run(p3_tiny.load(files), tmp_path / "parts", TINY._replace(steps=2))
     steps, resumed = run(p3_tiny.load(files), tmp_path / "parts", TINY._replace(steps=5))
     assert steps == 5 and torch.equal(resumed, whole)
-    for name in ("losses.csv", "step_00004.pt", "step_00005.pt"):
+    for name in ("losses.csv", "step_00004.safetensors", "step_00005.safetensors"):
         a, b = tmp_path / "whole" / name, tmp_path / "parts" / name
         if name.endswith(".csv"):
             assert a.read_text() == b.read_text()
         else:
-            assert torch.equal(load_checkpoint(a)["<new1>"], load_checkpoint(b)["<new1>"])
+            assert torch.equal(*(p3_model.read_embeddings(path)[0]["<new1>"] for path in (a, b)))
 
 
 def test_out_of_time_a_training_stops_with_its_state_saved(model, tmp_path):
     steps, vectors = run(model, tmp_path, deadline=time.monotonic() - 1)
     assert steps == 1
     assert torch.equal(load_checkpoint(tmp_path / "state.pt")["vectors"], vectors)
-    assert torch.equal(load_checkpoint(tmp_path / "step_00001.pt")["<new1>"], vectors)
+    assert torch.equal(p3_model.read_embeddings(tmp_path / "step_00001.safetensors")[0]["<new1>"], vectors)
 
 
 def test_a_training_with_other_settings_is_not_mixed_in(files, tmp_path):
@@ -300,11 +300,11 @@ def test_the_script_learns_all_concepts_and_chooses_by_a_clip(task, tmp_path, mo
     said = capsys.readouterr().out.strip().splitlines()[-2:]
     for line, token, kind in zip(said, ("new1", "new2"), ("object", "style")):
         assert line.startswith(f"<{token}> ({kind}): step") and "the grader's score" in line and f"{token}.pt" in line
-        content = load_checkpoint(tmp_path / "out" / f"{token}.pt")
-        assert content[f"<{token}>"].shape == (1, 32) and set(content["scores"]) == {"held_back_loss", "image", "text"}
-        assert content["step"] in (1, 2) and content["base_model"]
+        vectors, told = p3_model.read_embeddings(tmp_path / "out" / f"{token}.safetensors")
+        assert vectors[f"<{token}>"].shape == (1, 32) and set(told["scores"]) == {"held_back_loss", "image", "text"}
+        assert told["step"] in (1, 2) and told["base_model"]
         assert Image.open(tmp_path / "work" / token / "preview_00002.png").size == (2 * 64 + 6, 2 * 64 + 6)
-    assert load_checkpoint(tmp_path / "out/new2.pt")["init_word"] == "David Revoy"
+    assert p3_model.read_embeddings(tmp_path / "out/new2.safetensors")[1]["init_word"] == "David Revoy"
 
 
 def test_the_json_may_bring_captions_of_its_own(task, tmp_path, monkeypatch):
@@ -349,9 +349,9 @@ def test_a_picture_that_the_captions_leave_out_is_named(task, monkeypatch, capsy
 def test_only_and_init_word_are_taken(task, tmp_path, monkeypatch, capsys):
     options = ["--clip", "none", "--only", "0", "--init-word", "corgi, dog", "--vectors", 2, "--preview-every", 0]
     assert script(monkeypatch, *task, *options) == 0
-    content = load_checkpoint(tmp_path / "out/new1.pt")
-    assert content["<new1>"].shape == (2, 32) and content["init_word"] == "corgi, dog"
-    assert not (tmp_path / "out/new2.pt").exists() and "eps loss" in capsys.readouterr().out
+    vectors, told = p3_model.read_embeddings(tmp_path / "out/new1.safetensors")
+    assert vectors["<new1>"].shape == (2, 32) and told["init_word"] == "corgi, dog"
+    assert not (tmp_path / "out/new2.safetensors").exists() and "eps loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

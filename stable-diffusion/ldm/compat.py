@@ -1,7 +1,5 @@
 """Names that scripts for CompVis's and the course's ldm use, and nothing else here; each says who calls it."""
 
-from __future__ import annotations
-
 import bisect
 import types
 
@@ -78,7 +76,7 @@ class ImageToImage:
         self.ddim_timesteps, self.eta = ddim_times(self.model.num_timesteps, ddim_num_steps), ddim_eta
         self.ddim_alphas = self.model.alphas_cumprod[self.ddim_timesteps]
 
-    def stochastic_encode(self, x0, t, use_original_steps=False, noise=None):
+    def stochastic_encode(self, x0, t, *, noise=None):
         """Latents x0 as noisy as before the schedule's last t steps; t int64 [B]. t = all steps is the noisiest."""
         times = torch.as_tensor(self.ddim_timesteps, device=t.device)
         return self.model.q_sample(x0, times[t.clamp(max=len(times) - 1)], noise)

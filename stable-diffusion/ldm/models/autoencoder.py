@@ -1,7 +1,5 @@
 """The autoencoder between images and latents (Rombach et al. 2022, section 3.1)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,8 +20,7 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, ddconfig, embed_dim, **training):
         super().__init__()
-        self.encoder = Encoder(**ddconfig)
-        self.decoder = Decoder(**ddconfig)
+        self.encoder, self.decoder = Encoder(**ddconfig), Decoder(**ddconfig)
         self.embed_dim, z_channels = embed_dim, ddconfig["z_channels"]
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
@@ -36,18 +33,14 @@ class AutoencoderKL(nn.Module):
 
     def decode(self, z, tiled=None):
         """Latents [B, embed_dim, h, w] -> images; `tiled` None: in tiles only where memory is short."""
-        if tiled is None:
-            tiled = self._decode_bytes(z) > 0.9 * free_memory(z.device)
+        if tiled is None:  # decoding one image takes about six of the largest feature maps at once
+            size = 6 * self.widest * z.shape[2] * z.shape[3] * self.factor**2 * z.element_size()
+            tiled = size > 0.9 * free_memory(z.device)
         decode = self._decode_tiled if tiled else self._decode_whole
         return torch.cat([decode(latent) for latent in z.split(1)])
 
     def _decode_whole(self, z):
         return self.decoder(self.post_quant_conv(z))
-
-    def _decode_bytes(self, z):
-        """Memory of decoding one image: about six of the largest feature maps at once."""
-        pixels = z.shape[2] * z.shape[3] * self.factor**2
-        return 6 * self.widest * pixels * z.element_size()
 
     def _decode_tiled(self, z):
         """Tiles of 64 x 64 latents that overlap by 16, blended linearly: the memory of one tile for any size."""
@@ -60,9 +53,8 @@ class AutoencoderKL(nn.Module):
                 ramp = rows[:, None] * columns
                 left, top = x * self.factor, y * self.factor
                 right, bottom = width * self.factor - left - tile.shape[3], height * self.factor - top - tile.shape[2]
-                margins = (left, right, top, bottom)
-                image = image + F.pad(tile * ramp, margins)
-                weight = weight + F.pad(ramp, margins)
+                image = image + F.pad(tile * ramp, (left, right, top, bottom))
+                weight = weight + F.pad(ramp, (left, right, top, bottom))
         return (image / weight).to(z.dtype)
 
 

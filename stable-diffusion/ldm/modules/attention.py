@@ -1,7 +1,5 @@
 """Attention, and the transformer by which the network reads a prompt (Rombach et al. 2022, section 3.3)."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import torch

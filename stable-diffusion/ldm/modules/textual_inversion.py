@@ -2,26 +2,28 @@
 
 tokens = LearnedTokens(model.cond_stage_model)
 tokens.add("<new1>", tokens.initial("corgi"), init_word="corgi")    # then optimise tokens.parameters()
-tokens.save("new1.pt", step=500)
+tokens.save("new1.safetensors", step=500)
 ...
-LearnedTokens(model.cond_stage_model).load("new1.pt")               # prompts may say <new1> now
+LearnedTokens(model.cond_stage_model).load("new1.safetensors")      # prompts may say <new1> now
 """
 
-from __future__ import annotations
-
+import json
 import pathlib
-import re
 import warnings
+import zipfile
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save as to_bytes
 from torch import nn
 from transformers import AddedToken
 
 from ldm import ModelError
-from ldm.checkpoint import StoredTensor, fingerprint, read_checkpoint, save_checkpoint
+from ldm.checkpoint import StoredTensor, atomic, fingerprint, read_checkpoint
 
 METADATA = ("init_word", "base_model", "step", "scores")
+HEADER = "textual_inversion"  # the one entry of __metadata__: safetensors writes several in any order
 
 
 class LearnedTokens(nn.Module):
@@ -34,8 +36,7 @@ class LearnedTokens(nn.Module):
 
     def __init__(self, embedder):
         super().__init__()
-        self.rows = nn.ParameterList()
-        self.tokens, self.metadata = [], {}
+        self.rows, self.tokens, self.metadata = nn.ParameterList(), [], {}
         object.__setattr__(self, "embedder", embedder)  # not as a submodule: it is not ours to train or to save
         object.__setattr__(self, "table", embedder.transformer.get_input_embeddings())
         self._ids, self._lookup_below = [], self.table.forward
@@ -56,12 +57,6 @@ class LearnedTokens(nn.Module):
         """Takes the patch off; the placeholders stay in the tokenizer, without a meaning."""
         self.table.forward = self._lookup_below
 
-    # ------------------------------------------------------------------------------------------------ tokens
-
-    @property
-    def dim(self):
-        return self.table.weight.shape[1]
-
     @property
     def base_model(self):
         """Identifies the text encoder's weights: embeddings belong to those they were learned with."""
@@ -81,10 +76,6 @@ class LearnedTokens(nn.Module):
             raise ModelError(f"no learned vectors for {token!r}; there are {', '.join(self.tokens) or 'none'}")
         return self.rows[self.tokens.index(token)]
 
-    def missing(self, prompt):
-        """The placeholders, words like <this>, in a prompt that have no learned vectors."""
-        return [p for p in re.findall(r"<[^<>\s|]+>", prompt) if p not in self.tokens]
-
     def initial(self, words, vectors=1):
         """Vectors [vectors, dim] to start from: one is the mean of all words, several are the words' own, in turns."""
         words = words.replace(",", " ").split() if isinstance(words, str) else list(words)
@@ -93,28 +84,23 @@ class LearnedTokens(nn.Module):
             raise ModelError(f"initial words {words}: give at least one word that the tokenizer knows")
         if 1 < vectors < len(words):
             raise ModelError(f"initial words {words}: more words than the {vectors} vectors")
-        means = [self.table.weight.detach()[i].float().mean(0) for i in ids]
-        if vectors == 1:
-            means = [torch.stack(means).mean(0)]
-        return torch.stack([means[i % len(means)] for i in range(vectors)]).cpu()
+        means = torch.stack([self.table.weight.detach()[i].float().mean(0) for i in ids]).cpu()
+        return means.mean(0, keepdim=True) if vectors == 1 else means[torch.arange(vectors) % len(means)]
 
     def add(self, token, vectors, **metadata):
         """A placeholder with the vectors [n, dim] (or [dim]) to start from.
 
         ModelError for vectors of another width, and for a word that the tokenizer has already.
         """
-        vectors = torch.as_tensor(vectors).detach().float()
+        vectors, dim = torch.as_tensor(vectors).detach().float(), self.table.weight.shape[1]
         vectors = vectors[None] if vectors.dim() == 1 else vectors
-        if vectors.dim() != 2 or vectors.shape[1] != self.dim or not len(vectors) or not vectors.isfinite().all():
-            raise ModelError(
-                f"{token}: its vectors are {list(vectors.shape)}, or not finite; "
-                f"this text encoder takes [n, {self.dim}]"
-            )
+        if vectors.dim() != 2 or vectors.shape[1] != dim or not len(vectors) or not vectors.isfinite().all():
+            shape = list(vectors.shape)
+            raise ModelError(f"{token}: its vectors are {shape}, or not finite; this text encoder takes [n, {dim}]")
         if len(vectors) > self.embedder.max_length - 2:
             raise ModelError(f"{token}: {len(vectors)} vectors are more than a prompt holds")
-        tokenizer = self.embedder.tokenizer
+        tokenizer, vocabulary = self.embedder.tokenizer, self.embedder.tokenizer.get_vocab()
         names = [token] + [f"{token}_{i}" for i in range(1, len(vectors))]  # as diffusers names them
-        vocabulary = tokenizer.get_vocab()
         for name in names:
             if name in vocabulary or f"{name.lower()}</w>" in vocabulary:
                 raise ModelError(f"{name!r} is a word of the vocabulary already; take a new one such as <new1>")
@@ -128,25 +114,23 @@ class LearnedTokens(nn.Module):
         self.tokens.append(token)
         self.metadata[token] = metadata
 
-    # ------------------------------------------------------------------------------------------------ files
-
     def save(self, path, tokens=None, **metadata):
-        """Writes {token: float32 [vectors, dim]} with init_word, base_model, step, scores, to a temporary name first.
+        """Writes {token: float32 [vectors, dim]} as safetensors, which diffusers and others load if it is one token.
 
-        `metadata` is written as it is, as is what was given to `add`; `base_model` is filled in. The layout is that of
-        diffusers' learned_embeds.bin, with more entries.
+        `metadata`, what was given to `add`, and `base_model` go into the header, as JSON. The same content gives the
+        same bytes, written to a temporary name first.
         """
-        tokens = self.tokens if tokens is None else list(tokens)
-        content = {token: self[token].detach().float().cpu().clone() for token in tokens}
-        for key in dict.fromkeys(key for token in tokens for key in self.metadata[token]):
+        tokens, told = self.tokens if tokens is None else tokens, {"base_model": self.base_model}
+        for key in {key for token in tokens for key in self.metadata[token]}:
             values = {token: self.metadata[token][key] for token in tokens if key in self.metadata[token]}
-            content[key] = values if len(tokens) > 1 else values[tokens[0]]
-        content.update({"base_model": self.base_model, **metadata})
-        save_checkpoint(content, path)
+            told[key] = values if len(tokens) > 1 else values[tokens[0]]
+        content = {token: self[token].detach().float().cpu().clone() for token in tokens}
+        with atomic(path) as temporary:
+            temporary.write_bytes(to_bytes(content, {HEADER: json.dumps({**told, **metadata}, sort_keys=True)}))
 
     def load(self, path, token=None):
         """Adds the placeholders of a file (see read_embeddings), its only one as `token` if given: their names."""
-        embeddings, metadata = read_embeddings(path)
+        embeddings, metadata = read_embeddings(path, token)
         if token is not None:
             if len(embeddings) != 1:
                 raise ModelError(f"{path}: holds {', '.join(embeddings)}, which cannot all be {token}")
@@ -163,15 +147,18 @@ class LearnedTokens(nn.Module):
         return list(embeddings)
 
 
-def read_embeddings(path):
+def read_embeddings(path, token=None):
     """({token: float32 [vectors, dim]}, {init_word, base_model, step, scores}) of an embedding file; it runs no code.
 
-    Formats: ours; diffusers' learned_embeds.bin or .safetensors ({token: tensor}); automatic1111's .pt and .safetensors
-    (the token is the entry "name", or the file's name); rinongal's embeddings.pt (the placeholder is usually *).
+    Formats: ours, of today and the .pt of before; diffusers' learned_embeds.bin or .safetensors ({token: tensor});
+    automatic1111's .pt and .safetensors (the token is the entry "name", or the file's name); rinongal's embeddings.pt
+    (the placeholder is usually *); a bare tensor, where its `token` is given.
     """
     content = read_checkpoint(path)
+    if isinstance(content, StoredTensor) and token is not None:
+        content = {token: content}
     if not isinstance(content, dict):
-        raise ModelError(f"{path}: not an embedding file")
+        raise ModelError(f"{path}: not an embedding file, or a bare tensor without the name of its token")
     parameters = content.get("string_to_param", content)
     state = getattr(parameters, "state", None)  # a pickled nn.ParameterDict
     if state is not None:
@@ -181,8 +168,11 @@ def read_embeddings(path):
     if len(found) == 1 and (set(found) == {"emb_params"} or "name" in content):
         name = content.get("name")
         found = {name if isinstance(name, str) and name else pathlib.Path(path).stem: v for v in found.values()}
-    embeddings = {token: stored.load(dtype=torch.float32) for token, stored in found.items()}
-    embeddings = {token: v[None] if v.dim() == 1 else v for token, v in embeddings.items()}
+    embeddings = {name: stored.load(dtype=torch.float32) for name, stored in found.items()}
+    embeddings = {name: v[None] if v.dim() == 1 else v for name, v in embeddings.items()}
     if not embeddings or any(v.dim() != 2 for v in embeddings.values()):
         raise ModelError(f"{path}: not an embedding file (ours, diffusers', automatic1111's or rinongal's)")
+    if not zipfile.is_zipfile(path):
+        with safe_open(str(path), "pt") as file:
+            content = json.loads((file.metadata() or {}).get(HEADER, "{}"))
     return embeddings, {k: content[k] for k in METADATA if k in content and not isinstance(content[k], StoredTensor)}

@@ -1,14 +1,15 @@
-"""DDIM.
+"""DDIM, and PLMS, the same steps along an extrapolated eps.
 
 latents, _ = DDIMSampler(model).sample(50, batch_size, [4, 64, 64], c, eta=0.0)
 """
-
-from __future__ import annotations
 
 import torch
 
 from ldm.compat import ImageToImage
 from ldm.models.diffusion.sampling import Sampler
+
+# Adams-Bashforth weights of the newest, the last ... eps
+WEIGHTS = [(1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)]
 
 
 def ddim_times(T, steps):
@@ -32,15 +33,28 @@ def ddim(eps_model, x_T, alphas_cumprod, steps, eta=0.0, noise=None, last=None):
     the last step goes to t = 0, not to the data itself. `last`: only so many of the last steps, for an x_t of their
     first time in place of x_T.
     """
-    noise = noise if noise is not None else lambda: torch.randn_like(x_T)
-    abar = alphas_cumprod.cpu().double().tolist()
+    abar, x = alphas_cumprod.cpu().double().tolist(), x_T
     times = ddim_times(len(abar), steps)[:last]
-    x = x_T
     for t, s in zip(reversed(times), reversed([0] + times[:-1])):
         sigma = eta * ((1 - abar[s]) / (1 - abar[t]) * (1 - abar[t] / abar[s])) ** 0.5
         x, x_0 = ddim_step(x, eps_model(x, t), abar[t], abar[s], sigma)
         if sigma > 0:
-            x = x + sigma * noise()
+            x = x + sigma * (torch.randn_like(x) if noise is None else noise())
+        yield s, x, x_0
+
+
+@torch.no_grad()
+def plms(eps_model, x_T, alphas_cumprod, steps):
+    """PLMS (Liu et al. 2022, eq. 12; first step by the improved Euler rule), yields (t, x_t, x_0 prediction)."""
+    abar, x, before = alphas_cumprod.cpu().double().tolist(), x_T, []
+    times = ddim_times(len(abar), steps)
+    for t, s in zip(reversed(times), reversed([0] + times[:-1])):
+        eps = eps_model(x, t)
+        before = [eps, *before[:3]]
+        eps = sum(w * e for w, e in zip(WEIGHTS[len(before) - 1], before))
+        if len(before) == 1:
+            eps = (eps + eps_model(ddim_step(x, eps, abar[t], abar[s])[0], max(s, times[0]))) / 2
+        x, x_0 = ddim_step(x, eps, abar[t], abar[s])
         yield s, x, x_0
 
 
@@ -49,3 +63,12 @@ class DDIMSampler(ImageToImage, Sampler):
 
     def steps(self, eps_model, x_T, S, eta, noise):
         return ddim(eps_model, x_T, self.model.alphas_cumprod, S, eta, noise)
+
+
+class PLMSSampler(Sampler):
+    """PLMS; `sample` returns what DDIMSampler's does. Deterministic: eta must be 0."""
+
+    def steps(self, eps_model, x_T, S, eta, noise):
+        if eta:
+            raise ValueError(f"eta {eta}: PLMS is deterministic; take 0, or DDIMSampler")
+        return plms(eps_model, x_T, self.model.alphas_cumprod, S)

@@ -1,12 +1,9 @@
 """Latent diffusion: U-Net, autoencoder and text encoder together, with the forward process and the training loss."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ldm.compat import TrainingNames
@@ -50,10 +47,9 @@ class LatentDiffusion(TrainingNames, nn.Module):
         unknown = sorted(set(config) - set(DEFAULTS) - TRAINING_ONLY)
         if unknown:
             warnings.warn(f"LatentDiffusion: {', '.join(unknown)} in the config: unknown, not used", stacklevel=2)
-        config = {**DEFAULTS, **config}
-        self.scale_factor, self.parameterization = scale_factor, FIXED["parameterization"]
-        self.image_size, self.channels = config["image_size"], config["channels"]
-        self.cond_stage_trainable = config["cond_stage_trainable"]
+        config, self.scale_factor, self.parameterization = {**DEFAULTS, **config}, scale_factor, "eps"
+        for name in ("image_size", "channels", "cond_stage_trainable"):
+            setattr(self, name, config[name])
         self.model = DiffusionWrapper(unet_config)
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
         self.cond_stage_model = instantiate_from_config(cond_stage_config)
@@ -72,8 +68,7 @@ class LatentDiffusion(TrainingNames, nn.Module):
         betas = torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64) ** 2
         betas = betas if given_betas is None else torch.as_tensor(given_betas, dtype=torch.float64)
         self.num_timesteps, device = len(betas), next(self.model.parameters()).device
-        alphas = 1.0 - betas
-        abar = torch.cumprod(alphas, dim=0)
+        abar = torch.cumprod(1.0 - betas, dim=0)
         abar_prev = torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
         variance = betas * (1.0 - abar_prev) / (1.0 - abar)
         constants = {
@@ -88,7 +83,7 @@ class LatentDiffusion(TrainingNames, nn.Module):
             "posterior_variance": variance,
             "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
             "posterior_mean_coef1": betas * abar_prev.sqrt() / (1.0 - abar),
-            "posterior_mean_coef2": (1.0 - abar_prev) * alphas.sqrt() / (1.0 - abar),
+            "posterior_mean_coef2": (1.0 - abar_prev) * (1.0 - betas).sqrt() / (1.0 - abar),
         }
         self.schedule_names = tuple(constants)
         for name, values in constants.items():
@@ -106,8 +101,7 @@ class LatentDiffusion(TrainingNames, nn.Module):
         """model.half() and the like move the schedule, but leave it in float32."""
         before = {name: self._buffers[name] for name in self.schedule_names}
         super()._apply(fn, *args, **kwargs)
-        for name, values in before.items():
-            self._buffers[name] = values.to(self._buffers[name].device)
+        self._buffers.update({name: values.to(self._buffers[name].device) for name, values in before.items()})
         return self
 
     @property
@@ -123,8 +117,6 @@ class LatentDiffusion(TrainingNames, nn.Module):
     def ema_scope(self, context=None):
         """Does nothing: the weights of sd-v1-4.ckpt are the averaged ones already."""
         yield
-
-    # ------------------------------------------------------------------------------------------------ text and images
 
     def get_learned_conditioning(self, prompts):
         """Prompts (a list of B strings, or one string) -> [B, 77, width of the text encoder]."""
@@ -145,12 +137,10 @@ class LatentDiffusion(TrainingNames, nn.Module):
         dtype = next(self.first_stage_model.parameters()).dtype
         return self.first_stage_model.decode((z / self.scale_factor).to(dtype), tiled).to(z.dtype)
 
-    # ------------------------------------------------------------------------------------------------ diffusion
-
     def q_sample(self, x_start, t, noise=None):
         """x_t ~ q(x_t | x_0) = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (Ho et al. 2020, eq. 4); t int64 [B]."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        a, s = (c[t].view(-1, 1, 1, 1) for c in (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod))
+        a, s = (c[t][:, None, None, None] for c in (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod))
         return (a * x_start + s * noise).to(x_start.dtype)
 
     def apply_model(self, x_noisy, t, cond):
@@ -160,8 +150,7 @@ class LatentDiffusion(TrainingNames, nn.Module):
     def p_losses(self, x_start, cond, t, noise=None):
         """(loss, dict of parts): mean squared error of the predicted eps (Ho et al. 2020, eq. 14)."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        eps = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
-        loss = F.mse_loss(eps.float(), noise.float())
+        loss = self.get_loss(self.apply_model(self.q_sample(x_start, t, noise), t, cond).float(), noise.float())
         prefix = "train" if self.training else "val"
         return loss, {f"{prefix}/loss_simple": loss.detach(), f"{prefix}/loss": loss.detach()}
 

@@ -1,7 +1,5 @@
 """What the samplers share: classifier-free guidance, and the call that CompVis's samplers have."""
 
-from __future__ import annotations
-
 import torch
 from tqdm import tqdm
 

@@ -1,7 +1,5 @@
 """Encoder and decoder of the autoencoder (Esser et al. 2021, without their attention but in the middle)."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import nn
 

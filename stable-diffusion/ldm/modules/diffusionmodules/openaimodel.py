@@ -1,7 +1,5 @@
 """The denoising U-Net of latent diffusion (Rombach et al. 2022; residual blocks of Dhariwal & Nichol 2021)."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -80,8 +78,8 @@ class UNetModel(nn.Module):
             return ResBlock(c_in, emb, c_out, dropout)
 
         def attn(c):
-            depth, context_dim = options["transformer_depth"], options["context_dim"]
-            return SpatialTransformer(c, heads, c // heads, depth, dropout, context_dim)
+            depth, width = options["transformer_depth"], options["context_dim"]
+            return SpatialTransformer(c, heads, c // heads, depth, dropout, width)
 
         # The loops below write out, for Stable Diffusion v1 (320 channels x 1, 2, 4, 4; attention at strides 1, 2, 4):
         #   input_blocks                     middle_block          output_blocks, each on [h, skip] concatenated
@@ -95,22 +93,20 @@ class UNetModel(nn.Module):
         #   8      res(1280, 1280) attn                            9      res(960, 320) attn
         #   9      down(1280)                                      10,11  res(640, 320) attn
         #   10,11  res(1280, 1280)
-        widths = [m * model_channels for m in channel_mult]
-        last = len(widths) - 1
-        c, skips = model_channels, [model_channels]
-        inputs, outputs = [[conv3(in_channels, c)]], []
-        for level, width in enumerate(widths):
+        levels = [(m * model_channels, 2**i in attention_resolutions) for i, m in enumerate(channel_mult)]
+        c, skips, inputs, outputs = model_channels, [model_channels], [[conv3(in_channels, model_channels)]], []
+        for level, (width, attends) in enumerate(levels, start=1):
             for _ in range(num_res_blocks):
-                inputs.append([res(c, width)] + ([attn(width)] if 2**level in attention_resolutions else []))
-                skips.append(width)
+                inputs.append([res(c, width)] + ([attn(width)] if attends else []))
                 c = width
-            if level < last:
+                skips.append(c)
+            if level < len(levels):
                 inputs.append([named(op=conv3(c, c, stride=2))])
                 skips.append(c)
         middle = [res(c, c), attn(c), res(c, c)]
-        for level, width in reversed(list(enumerate(widths))):
+        for level, (width, attends) in reversed(list(enumerate(levels))):
             for i in range(num_res_blocks + 1):
-                row = [res(c + skips.pop(), width)] + ([attn(width)] if 2**level in attention_resolutions else [])
+                row = [res(c + skips.pop(), width)] + ([attn(width)] if attends else [])
                 c = width
                 outputs.append(row + ([upsample(c)] if level > 0 and i == num_res_blocks else []))
 

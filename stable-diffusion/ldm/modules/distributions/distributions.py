@@ -1,7 +1,5 @@
 """The autoencoder's posterior."""
 
-from __future__ import annotations
-
 import math
 
 import torch

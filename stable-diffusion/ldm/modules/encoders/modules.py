@@ -1,7 +1,5 @@
 """The text encoder: transformers' CLIPTextModel and CLIPTokenizer, without any hub."""
 
-from __future__ import annotations
-
 import gzip
 import importlib.util
 import json
@@ -39,15 +37,11 @@ class FrozenCLIPEmbedder(nn.Module):
         self.tokenizer = _tokenizer(version, max_length)
         files = [pathlib.Path(version) / name for name in ("model.safetensors", "pytorch_model.bin")]
         self._load_transformers_weights(next((f for f in files if f.is_file()), None))
-        self.freeze()
-
-    def freeze(self):
-        self.eval()
-        self.requires_grad_(False)
+        self.eval().requires_grad_(False)
 
     @property
     def device(self):
-        """Where the weights are: a model that was moved needs no new argument. Setting it moves them."""
+        """Where the weights are; setting it moves them."""
         return self.transformer.get_input_embeddings().weight.device
 
     @device.setter
@@ -149,11 +143,9 @@ def _text_config(version, overrides):
 def _tokenizer(version, max_length):
     """CLIPTokenizer of the folder, or of CLIP's vocabulary where `version` has none."""
     logger = logging.getLogger("transformers.models.clip.tokenization_clip")
-    with tempfile.TemporaryDirectory() as folder:
-        if any((pathlib.Path(version) / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-            folder = str(version)
-        else:
-            write_clip_vocabulary(folder)
+    own = any((pathlib.Path(version) / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = str(version) if own else write_clip_vocabulary(temporary)
         logger.disabled = True  # "ftfy is not installed": taken care of below
         try:
             tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=max_length)
@@ -171,16 +163,15 @@ def write_clip_vocabulary(folder):
 
     The vocabulary (CLIP's simple_tokenizer): 256 bytes as letters, the same ending a word, merges, start, end.
     """
-    spec = importlib.util.find_spec("clip")
-    places = (spec.submodule_search_locations or []) if spec else []
-    paths = [p for p in (pathlib.Path(place) / "bpe_simple_vocab_16e6.txt.gz" for place in places) if p.is_file()]
-    if not paths:
+    spec, folder = importlib.util.find_spec("clip"), pathlib.Path(folder)
+    path = pathlib.Path(spec.origin if spec and spec.origin else "").parent / "bpe_simple_vocab_16e6.txt.gz"
+    if not path.is_file():
         raise ModelError("CLIP's vocabulary is not here: `pip install openai-clip`, or make `version` a folder")
-    merges = gzip.decompress(paths[0].read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
+    merges = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    words = letters + [c + "</w>" for c in letters] + [m.replace(" ", "") for m in merges]
+    words = [*letters, *(c + "</w>" for c in letters), *(m.replace(" ", "") for m in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
-    folder = pathlib.Path(folder)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    return str(folder)

@@ -5,8 +5,6 @@ latents, _ = sampler.sample(25, batch_size, [4, 64, 64], c, unconditional_guidan
                             unconditional_conditioning=uc)
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 
