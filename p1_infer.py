@@ -20,21 +20,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import utils
 from digits import DOMAINS
 from p1_model import load_digit_unet, stages
-from utils import (
-    Parser,
-    add_device_options,
-    cli,
-    image_grid,
-    output_file,
-    output_folder,
-    pick_precision,
-    real,
-    save_png,
-    to_uint8,
-    whole,
-)
+from utils import Parser, cli, real, whole
 
 CHECKPOINT = pathlib.Path(__file__).resolve().parent / "checkpoints" / "p1_unet.pt"
 PER_PAIR = 10_000  # seeds set aside for a (domain, digit) pair
@@ -44,16 +33,16 @@ def sampler_of(args):
     """stages(digit, domain, index) of p1_model with the network and the options."""
     model, config = load_digit_unet(args.checkpoint)
     options = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance, "interval": args.interval}
-    options.update(seed=args.seed, dtype=pick_precision(args.precision, args.device))
+    options.update(seed=args.seed, dtype=utils.pick_precision(args.precision, args.device))
     return functools.partial(stages, model.to(args.device), config, **options)
 
 
 def write_images(args, draw):
     """The graders' layout: OUT/{domain}/{digit}_{number}.png. A picture depends on its domain, digit and number
     alone."""
-    out = output_folder(args.out)
+    out = utils.output_folder(args.out)
     for name in DOMAINS:
-        output_folder(out / name)
+        utils.output_folder(out / name)
     n = args.num_per_digit
     image = torch.arange(20 * n)
     pair, number = image // n, image % n
@@ -61,9 +50,9 @@ def write_images(args, draw):
         for part in image.split(args.batch_size):
             *_, final = draw(pair[part] % 10, pair[part] // 10, pair[part] * PER_PAIR + number[part])
             bar.update(len(part))
-            for i, picture in zip(part, to_uint8(final).cpu()):
+            for i, picture in zip(part, utils.to_uint8(final).cpu()):
                 name = f"{DOMAINS[pair[i] // 10]}/{pair[i] % 10}_{number[i] + 1:03d}.png"
-                save_png(picture, out / name)
+                utils.save_png(picture, out / name)
     return f"{len(image)} images in {out}/{{{','.join(DOMAINS)}}}"
 
 
@@ -75,7 +64,7 @@ def write_grids(args, draw):
         cell = torch.arange(100)
         *_, final = draw(cell // 10, torch.full_like(cell, d), cell % 10)
         files.append(path.with_name(f"{path.stem}_{name}.png"))
-        save_png(image_grid(enlarge(to_uint8(final).cpu()), 10), files[-1])
+        utils.save_png(utils.image_grid(enlarge(utils.to_uint8(final).cpu()), 10), files[-1])
     return " and ".join(map(str, files))
 
 
@@ -86,7 +75,7 @@ def write_trajectory(args, draw):
         index = torch.tensor([d * 10 * PER_PAIR])
         path = [x.float().cpu() for x in draw(torch.tensor([0]), torch.tensor([d]), index)]
         rows += [path[round(i * (len(path) - 1) / 5)] for i in range(6)]
-    save_png(image_grid(enlarge(to_uint8(torch.cat(rows))), 6), args.trajectory)
+    utils.save_png(utils.image_grid(enlarge(utils.to_uint8(torch.cat(rows))), 6), args.trajectory)
     return args.trajectory
 
 
@@ -113,7 +102,7 @@ def parse(argv):
     option("--batch-size", type=whole(), default=100, help="changes the speed, not the pictures (default: 100)")
     option("--grid", metavar="FILE")
     option("--trajectory", metavar="FILE")
-    add_device_options(parser)
+    utils.add_device_options(parser)
     args = parser.parse_args(argv)
     if not (args.out or args.grid or args.trajectory):
         parser.error("give an output folder, --grid or --trajectory")
@@ -126,7 +115,7 @@ def main(argv=None):
     started = time.time()
     draw = sampler_of(args)
     for sheet in filter(None, (args.grid, args.trajectory)):
-        output_file(sheet)
+        utils.output_file(sheet)
     written = [
         write(args, draw)
         for wanted, write in ((args.out, write_images), (args.grid, write_grids), (args.trajectory, write_trajectory))

@@ -13,19 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import utils
 from classifiers import predict
 from diffusion import ddim, ddpm, dpm_solver_pp, eps_from_v, guided, schedule, time_batch, timesteps
 from digits import DOMAINS
-from utils import (
-    UserError,
-    autocast,
-    image_grid,
-    load_checkpoint,
-    load_weights,
-    noise_stream,
-    reuse_freed_memory,
-    to_uint8,
-)
+from utils import UserError
 
 NO_DIGIT = 10
 CONFIG = {  # what a checkpoint may say
@@ -223,11 +215,11 @@ def stages(model, config, digit, domain, index, seed, dtype, guidance=5.0, inter
     digit, domain, index: int64 [B]; picture i has the noise of the seed + index[i]. The defaults are what ships.
     """
     device = next(model.parameters()).device
-    noise = noise_stream(seed, index, (3, 28, 28), device)
+    noise = utils.noise_stream(seed, index, (3, 28, 28), device)
     x_T = noise()
-    reuse_freed_memory()
+    utils.reuse_freed_memory()
     yield x_T
-    with autocast(device, dtype):
+    with utils.autocast(device, dtype):
         eps_model = eps_model_for(model, config, digit.to(device), domain.to(device), guidance, interval)
         for _, x_t, _ in reverse_process(eps_model, config, x_T, noise, **sampler):
             yield x_t
@@ -241,16 +233,16 @@ def judged_samples(model, config, judges):
     images, digit = [], torch.arange(100) // 10
     for d in range(2):
         *_, x = stages(model, config, digit, torch.full_like(digit, d), torch.arange(100) + 100 * d, 0, torch.float32)
-        images.append(to_uint8(x).cpu())
+        images.append(utils.to_uint8(x).cpu())
     right = [(predict(judge, x) == digit).float().mean().item() for judge, x in zip(judges, images)]
     accuracy = {f"accuracy_{name}": a for name, a in zip(DOMAINS, right)}
-    return image_grid(torch.cat(images), 20), {**accuracy, "accuracy": sum(right) / 2}
+    return utils.image_grid(torch.cat(images), 20), {**accuracy, "accuracy": sum(right) / 2}
 
 
 def load_digit_unet(path):
     """(DigitUNet in eval mode, channels_last, float32; config) of a checkpoint {state_dict, config}; raises
     UserError."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = utils.load_checkpoint(path)
     config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
     if not isinstance(config, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path}: no state_dict and config in it; it is not a checkpoint of p1_train.py")
@@ -262,5 +254,5 @@ def load_digit_unet(path):
     times = isinstance(steps, list) and [t for t in range(config["T"] - 1, -1, -1) if t in steps]
     if not steps or steps != times:
         raise UserError(f"{path}: its config has steps {str(steps)[:40]!r}; train or fetch it again")
-    model = load_weights(DigitUNet(config["channels"], config["deep"]), checkpoint["state_dict"], path)
+    model = utils.load_weights(DigitUNet(config["channels"], config["deep"]), checkpoint["state_dict"], path)
     return model.eval().to(memory_format=torch.channels_last), config

@@ -18,31 +18,10 @@ import torch
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+import utils
 from diffusion import ddim, eps_from_v, lerp, schedule, slerp, time_batch, timesteps
 from UNet import load_unet
-from utils import (
-    Parser,
-    UserError,
-    add_device_options,
-    atomic,
-    beta_scheduler,
-    cli,
-    fast_layout,
-    image_grid,
-    load_checkpoint,
-    noise_stream,
-    open_image,
-    output_file,
-    output_folder,
-    pick_precision,
-    real,
-    reuse_freed_memory,
-    save_checkpoint,
-    save_json,
-    save_png,
-    to_uint8,
-    whole,
-)
+from utils import Parser, UserError, cli, real, whole
 
 T = 1000
 ETAS = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -67,7 +46,7 @@ def parse(argv=None):
     option("--make-noise", metavar="DIR", help="only writes noise files, DIR/00.pt ...")
     option("--count", type=whole(1, 10_000), default=10, help="how many (default: 10)")
     option("--size", type=whole(32, 4096, 32), default=64, help="of which height and width (default: 64)")
-    add_device_options(parser)
+    utils.add_device_options(parser)
     args = parser.parse_args(argv)
     if args.make_noise is None and args.unet is None:
         raise UserError("give NOISE_DIR OUT UNET_PT, or --make-noise DIR")
@@ -88,18 +67,18 @@ def divisor(text):
 def main(argv=None):
     args = parse(argv)
     if args.make_noise:
-        return make_noise(output_folder(args.make_noise), args.count, args.size, args.seed)
+        return make_noise(utils.output_folder(args.make_noise), args.count, args.size, args.seed)
     noises = read_noises(args.noise_dir)
     truths = read_truths(args.gt, noises) if args.gt else {}
     if args.interpolate:
         check_ends(noises, args.between, args.noise_dir)
     sampler = Sampler(args)
-    out = output_folder(args.out)
-    sheets = [output_file(f) for f in (args.eta_grid, args.grid) if f]
+    out = utils.output_folder(args.out)
+    sheets = [utils.output_file(f) for f in (args.eta_grid, args.grid) if f]
     errors = {}
     for stem, picture in zip(noises, sampler(list(noises.values()), args.eta, "pictures")):
         path = out / f"{stem}.png"
-        with atomic(path) as temporary:
+        with utils.atomic(path) as temporary:
             save_image(picture, temporary, format="PNG", normalize=True)
         if truths:
             errors[stem] = squared_error(path, truths[stem])
@@ -115,7 +94,7 @@ def main(argv=None):
         return 0
     mean = float(np.mean(list(errors.values())))
     passed = mean < MSE_BOUND
-    save_json({"errors": errors, "mean": mean, "bound": MSE_BOUND}, out / "errors.json")
+    utils.save_json({"errors": errors, "mean": mean, "bound": MSE_BOUND}, out / "errors.json")
     print(f"{wrote}; mean squared error {mean:.4f}, {'under' if passed else 'NOT UNDER'} the course's {MSE_BOUND:g}")
     return 0 if passed else 1
 
@@ -127,11 +106,11 @@ class Sampler:
         self.path, self.seed, self.batch_size = args.unet, args.seed, args.batch_size
         self.device = args.device
         precision = "fp32" if args.precision == "auto" else args.precision  # the result is compared with a truth
-        self.dtype = pick_precision(precision, self.device)
+        self.dtype = utils.pick_precision(precision, self.device)
         unet = load_unet(args.unet)
         self.channel = unet.time[1].in_features
         self.eps_model = make_eps_model(unet, self.device, self.dtype)
-        self.alpha_bar = torch.cumprod(1 - beta_scheduler(T), dim=0)
+        self.alpha_bar = torch.cumprod(1 - utils.beta_scheduler(T), dim=0)
         self.times = timesteps(T, args.steps, "course")
 
     def __call__(self, noises, eta, label, indices=None):
@@ -140,7 +119,7 @@ class Sampler:
         with tqdm(total=len(noises) * (len(self.times) - 1), desc=label, unit="step") as bar:
             for i, j in self.batches(noises):
                 x = torch.stack(noises[i:j]).to(self.device)  # [B, 3, S, S]
-                noise = noise_stream(self.seed, indices[i:j], x.shape[1:], self.device)
+                noise = utils.noise_stream(self.seed, indices[i:j], x.shape[1:], self.device)
                 for _t, x, _x_0 in ddim(self.eps_model, x, self.alpha_bar, self.times, eta, noise):  # noqa: B020
                     bar.update(len(x))
                 if not torch.isfinite(x).all():
@@ -169,8 +148,8 @@ class Sampler:
 def make_eps_model(unet, device, dtype):
     """eps_model(x_t, t), float32 in and out, of a UNet that computes in `dtype` and predicts eps or v."""
     if device.type == "cpu":
-        reuse_freed_memory()
-    layout = fast_layout(device, dtype)
+        utils.reuse_freed_memory()
+    layout = utils.fast_layout(device, dtype)
     unet = unet.requires_grad_(False).to(device, memory_format=layout)
     for parameter in unet.parameters():
         parameter.data = parameter.data.to(dtype)  # not the time embedding's buffer, though
@@ -182,8 +161,8 @@ def make_eps_model(unet, device, dtype):
 
 
 def write_eta_sheet(sampler, noises, path):
-    rows = [to_uint8(torch.stack(list(sampler(noises, eta, f"eta {eta}")))) for eta in ETAS]
-    save_png(image_grid(torch.cat(rows), columns=len(noises)), path)
+    rows = [utils.to_uint8(torch.stack(list(sampler(noises, eta, f"eta {eta}")))) for eta in ETAS]
+    utils.save_png(utils.image_grid(torch.cat(rows), columns=len(noises)), path)
 
 
 def write_interpolation(sampler, a, b, kind, eta, path):
@@ -194,14 +173,14 @@ def write_interpolation(sampler, a, b, kind, eta, path):
     """
     noises = [{"slerp": slerp, "linear": lerp}[kind](a, b, alpha) for alpha in ALPHAS]
     pictures = torch.stack(list(sampler(noises, eta, kind, [0] * len(noises))))
-    pictures = to_uint8(pictures)
-    save_png(image_grid(pictures, columns=len(noises)), path)
+    pictures = utils.to_uint8(pictures)
+    utils.save_png(utils.image_grid(pictures, columns=len(noises)), path)
     told = {
         "alphas": ALPHAS,
         "norms": [round(float(x.norm() / a.norm()), 2) for x in noises],
         "contrasts": [round(float(x.float().std())) for x in pictures],
     }
-    save_json(told, path.with_suffix(".json"))
+    utils.save_json(told, path.with_suffix(".json"))
     for name in ("norms", "contrasts"):
         print(f"{kind}: {name} {' '.join(map(str, told[name]))}")
 
@@ -216,7 +195,7 @@ def read_noises(folder):
 
 
 def read_noise(path):
-    noise = load_checkpoint(path)
+    noise = utils.load_checkpoint(path)
     if not torch.is_tensor(noise) or not noise.is_floating_point():
         raise UserError(f"{path}: not a tensor of floats; give a noise [3, S, S] or [1, 3, S, S]")
     shape = list(noise.shape)
@@ -232,7 +211,7 @@ def read_truths(folder, noises):
     truths = {}
     for stem, noise in noises.items():
         path = pathlib.Path(folder) / f"{stem}.png"
-        truths[stem] = np.asarray(open_image(path, "--gt wants one for every noise"))
+        truths[stem] = np.asarray(utils.open_image(path, "--gt wants one for every noise"))
         if truths[stem].shape[:2] != noise.shape[1:]:
             height, width = truths[stem].shape[:2]
             raise UserError(f"{path}: {height}x{width}, but its noise is of size {noise.shape[1]}; give another --gt")
@@ -241,7 +220,7 @@ def read_truths(folder, noises):
 
 def squared_error(path, truth):
     """Mean squared error on 0..255 of the written PNG, as the course's grader computes it."""
-    return float(np.mean((np.asarray(open_image(path)).astype(np.float64) - truth) ** 2))
+    return float(np.mean((np.asarray(utils.open_image(path)).astype(np.float64) - truth) ** 2))
 
 
 def check_ends(noises, between, folder):
@@ -256,7 +235,7 @@ def check_ends(noises, between, folder):
 def make_noise(folder, count, size, seed):
     """Writes folder/00.pt ...: standard normal float32 [1, 3, size, size], file i from seed + i."""
     for i in range(count):
-        save_checkpoint(noise_stream(seed, [i], (3, size, size))(), folder / f"{i:02d}.pt")
+        utils.save_checkpoint(utils.noise_stream(seed, [i], (3, size, size))(), folder / f"{i:02d}.pt")
     print(f"wrote {count} noises of {size}x{size} to {folder}")
     return 0
 

@@ -22,23 +22,12 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+import utils
 from diffusion import ddim, eps_from_v, run, schedule, time_batch, timesteps, training_loss
 from digits import is_validation
 from train_common import Batches, SaveBest, Training, add_training_options, fit, lightning_trainer
 from UNet import UNet, norm_groups
-from utils import (
-    Parser,
-    UserError,
-    cli,
-    image_grid,
-    noise_stream,
-    open_image,
-    output_folder,
-    real,
-    to_float,
-    to_uint8,
-    whole,
-)
+from utils import Parser, UserError, cli, real, whole
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -49,7 +38,7 @@ class FaceDiffusion(Training):
     alpha_bar = schedule("linear", 1000)  # what p2_ddim.py samples with
 
     def loss(self, model, images, **options):
-        x_0, config = to_float(images), self.config
+        x_0, config = utils.to_float(images), self.config
         weight = {"min_snr": config["min_snr"], "floor": config["floor"]}
         return training_loss(model, x_0, self.alpha_bar, config["objective"], **weight, **options).mean()
 
@@ -70,14 +59,14 @@ class FaceDiffusion(Training):
 def draw(model, config):
     """16 faces by DDIM, 50 steps, as one picture."""
     alpha_bar = schedule("linear", 1000)
-    noise = noise_stream(0, range(16), (3, config["size"], config["size"]), next(model.parameters()).device)
+    noise = utils.noise_stream(0, range(16), (3, config["size"], config["size"]), next(model.parameters()).device)
 
     def predict(x_t, t):
         return model(x_t, time_batch(x_t, t))
 
     eps_model = eps_from_v(predict, alpha_bar) if config["objective"] == "v" else predict
     faces = run(ddim(eps_model, noise(), alpha_bar, timesteps(1000, 50, "course")))
-    return image_grid(to_uint8(faces).cpu(), 8), {}
+    return utils.image_grid(utils.to_uint8(faces).cpu(), 8), {}
 
 
 def read_faces(folder, size):
@@ -97,7 +86,7 @@ def read_faces(folder, size):
 
 
 def read_face(path, size):
-    return np.asarray(ImageOps.fit(open_image(path), (size, size), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    return np.asarray(ImageOps.fit(utils.open_image(path), (size, size), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
 
 
 def parse(argv):
@@ -128,7 +117,7 @@ def channel(text):
 def main(argv=None):
     args = parse(argv)
     train, val = read_faces(args.data, args.size)
-    out = output_folder(args.out)
+    out = utils.output_folder(args.out)
     config = {name: getattr(args, name) for name in ("channel", "size", "objective", "floor", "perturb")}
     config["min_snr"] = args.min_snr or None
     pl.seed_everything(args.seed, verbose=False)

@@ -16,19 +16,8 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader, Dataset
 
-from utils import (
-    UserError,
-    add_device_options,
-    half,
-    load_checkpoint,
-    output_folder,
-    real,
-    reuse_freed_memory,
-    save_checkpoint,
-    save_png,
-    training_precision,
-    whole,
-)
+import utils
+from utils import UserError, load_checkpoint, real, save_checkpoint, whole
 
 
 def add_run_options(parser, out):
@@ -41,7 +30,7 @@ def add_run_options(parser, out):
     option("--warmup", type=whole(0), default=200, help="steps of rising learning rate (default: 200)")
     option("--max-epochs", type=whole(), help="stop after this epoch, with a resumable checkpoint")
     option("--max-time", type=duration, metavar="DD:HH:MM:SS", help="stop then, with a resumable checkpoint")
-    add_device_options(parser)
+    utils.add_device_options(parser)
 
 
 def add_training_options(parser, out, steps, batch_size, lr, ema):
@@ -112,7 +101,7 @@ class SaveBest(pl.Callback):
 
     def __init__(self, out, draw, *given):
         self.out, self.draw, self.given, self.best = out, draw, given, math.inf
-        output_folder(out / "samples")
+        utils.output_folder(out / "samples")
 
     def on_validation_epoch_end(self, trainer, module):
         decays = module.averages.decays
@@ -123,7 +112,7 @@ class SaveBest(pl.Callback):
         model = module.averages[i]
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             picture, metrics = self.draw(model, module.config, *self.given)
-        save_png(picture, self.out / "samples" / f"{trainer.global_step:07d}.png")
+        utils.save_png(picture, self.out / "samples" / f"{trainer.global_step:07d}.png")
         metrics = {**metrics, "val_loss": losses[i], "ema": decays[i]}
         for name, value in metrics.items():
             module.log(name, value, rank_zero_only=True)
@@ -131,7 +120,7 @@ class SaveBest(pl.Callback):
             self.best = losses[i]
             weights = {k: v.cpu() for k, v in model.state_dict().items()}  # buffers, as times, are not to be rounded
             checkpoint = {
-                "state_dict": {**weights, **half(dict(model.named_parameters()))},
+                "state_dict": {**weights, **utils.half(dict(model.named_parameters()))},
                 "config": module.config,
                 "step": trainer.global_step,
                 "metrics": metrics,
@@ -227,14 +216,14 @@ def lightning_trainer(args, callbacks):
     """
     if args.steps % args.epoch_steps:
         raise UserError(f"--steps {args.steps}: take a multiple of --epoch-steps, {args.epoch_steps}")
-    reuse_freed_memory()
+    utils.reuse_freed_memory()
     out = pathlib.Path(args.out)
     last = out / "last.ckpt"
     args.resume_from = str(last) if last.is_file() else None
     device = args.device
     if device.type == "cuda" and args.devices > torch.cuda.device_count():
         raise UserError(f"--devices {args.devices}: this machine has {torch.cuda.device_count()} GPUs; take fewer")
-    dtype = training_precision(args.precision, device)
+    dtype = utils.training_precision(args.precision, device)
     if isinstance(args.ema, float) and not any(isinstance(c, MovingAverage) for c in callbacks):
         callbacks = [*callbacks, MovingAverage(args)]
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # so a run resumes
