@@ -167,6 +167,7 @@ def save_all(folder, images):
 
 def run_grader(folder, clip_file, monkeypatch):
     options = {"json_path": folder / "input.json", "input_dir": folder, "output_dir": folder / "out"}
+    options["json"] = folder / "out/scores.json"
     return run_script("grade_hw2_3", {**options, "clip": clip_file}, monkeypatch)
 
 
@@ -196,6 +197,12 @@ def test_the_grader_prints_the_scores_and_holds_them_against_the_baselines(grade
     assert lines[5:8] == [f"CLIP Image Score: {want[0]:.2f}", f"CLIP Text Score: {want[1]:.2f}", lines[7]]
     assert lines[7] == "Fail! Baseline is 101.00/0.00"
     assert lines[8:] == ["You have passed 1/2 cases", "1 of 2 prompts reach both baselines"]
+    told = json.loads((graded / "out/scores.json").read_text())["prompts"]
+    assert [prompt["passed"] for prompt in told] == [True, False]
+    assert (told[1]["image"], told[1]["text"]) == pytest.approx(want)
+    counted = [(shown["image"], shown["text"]) for shown in told[1]["pictures"] if shown["counts"]]
+    assert np.mean(counted, axis=0) == pytest.approx(want) and len(counted) == 5
+    assert all((graded / "out" / file).is_file() for file in [*told[1]["sources"], told[1]["pictures"][24]["file"]])
 
 
 def test_files_that_are_no_pictures_do_not_count(graded, clip_file, monkeypatch):

@@ -115,6 +115,8 @@ def test_the_exit_code_tells_whether_the_mean_squared_error_is_under_20(unet, no
     truth = pixels(tmp_path / "gt" / "00.png")
     Image.fromarray(np.where(truth < 128, truth + 10, truth - 10).astype(np.uint8)).save(tmp_path / "gt" / "00.png")
     assert run(noise, tmp_path / "out", unet, "--steps", 10, "--gt", tmp_path / "gt") == 1  # 100 in one of four: 25
+    told = json.loads((tmp_path / "out/errors.json").read_text())
+    assert told["errors"]["00"] == 100 and told["mean"] == 25 and told["bound"] == 20
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "00: mean squared error 100.0000"
     assert "mean squared error 25.0000, NOT UNDER" in lines[-1]

@@ -1,6 +1,7 @@
 """p4_infer.py and hw2_4.sh: the csv, the scenario, the accuracy, and what each kind of bad input says."""
 
 import csv
+import json
 import subprocess
 
 import numpy as np
@@ -106,6 +107,8 @@ def test_gt_prints_the_accuracy_on_the_pictures_it_names(work, tmp_path, capsys)
         csv.writer(f).writerows([*lines, ["elsewhere.png", "3"]])
     infer(work / "svhn/data", tmp_path / "again.csv", "--gt", tmp_path / "gt.csv")
     assert "accuracy 0.9000 (36/40)" in capsys.readouterr().out
+    told = json.loads((tmp_path / "again.json").read_text())
+    assert (told["right"], told["known"], told["folder"]) == (36, 40, str(work / "svhn/data"))
 
 
 def test_held_back_counts_only_what_training_never_sees(work, tmp_path, capsys):
