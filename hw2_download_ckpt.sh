@@ -12,7 +12,18 @@ sd_url=${SD_CKPT_URL:-https://huggingface.co/CompVis/stable-diffusion-v-1-4-orig
 sd_sum=fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556
 sd_file=stable-diffusion/ldm/models/stable-diffusion-v1/model.ckpt
 
-has_sum() { echo "$1  $2" | sha256sum --check --status 2>/dev/null; }
+# macOS has shasum and curl instead
+sha256() { if command -v sha256sum >/dev/null; then sha256sum "$1"; else shasum -a 256 "$1"; fi; }
+has_sum() { [ -f "$2" ] && [ "$(sha256 "$2" | cut -d " " -f 1)" = "$1" ]; }
+fetch() {                   # fetch URL FILE [--header TEXT]: goes on where an earlier call stopped
+    local from=$1 to=$2
+    shift 2
+    if command -v wget >/dev/null; then
+        wget --quiet --show-progress --tries=3 --timeout=20 "$@" -c -O "$to" "$from"
+    else
+        curl --fail --location --progress-bar --retry 3 --connect-timeout 20 "$@" -C - -o "$to" "$from"
+    fi
+}
 
 ensure() {                  # ensure FILE SHA256 URL HINT: the file is there with that sum when this returns
     local file=$1 sum=$2 from=$3 hint=$4 part
@@ -24,8 +35,8 @@ ensure() {                  # ensure FILE SHA256 URL HINT: the file is there wit
     mkdir -p "$(dirname "$file")"
     part=$(dirname "$file")/.$(basename "$file").tmp
     local login=()
-    case $from in https://huggingface.co/*) [ -z "${HF_TOKEN:-}" ] || login=(--header="Authorization: Bearer $HF_TOKEN") ;; esac
-    if ! wget --quiet --show-progress --tries=3 --timeout=20 ${login[@]+"${login[@]}"} -c -O "$part" "$from"; then
+    case $from in https://huggingface.co/*) [ -z "${HF_TOKEN:-}" ] || login=(--header "Authorization: Bearer $HF_TOKEN") ;; esac
+    if ! fetch "$from" "$part" ${login[@]+"${login[@]}"}; then
         [ -s "$part" ] || rm -f "$part"
         echo "error: $from could not be fetched; run again to go on, or $hint" >&2
         exit 2

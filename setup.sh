@@ -13,7 +13,7 @@ set_up() {
         say "making .venv with $("$python" --version)"
         "$python" -m venv .venv || { echo "error: no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; return 2; }
     fi
-    stamp=.venv/installed-$(cat "$@" | sha256sum | cut -c1-12)
+    stamp=.venv/installed-$(cat "$@" | cksum | tr " " -)
     if [ ! -e "$stamp" ]; then
         say "installing $* (torch is large: minutes the first time)"
         .venv/bin/python3 -m pip install --quiet --disable-pip-version-check "${@/#/-r}" && touch "$stamp"
