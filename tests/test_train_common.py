@@ -1,5 +1,6 @@
 """train_common.py: what a training leaves on the disk."""
 
+import argparse
 import os
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 pytest.importorskip("pytorch_lightning")
 
-from train_common import WholeCheckpoints  # noqa: E402
+from train_common import Keep, MovingAverage, WholeCheckpoints  # noqa: E402
 from utils import UserError  # noqa: E402
 
 
@@ -37,3 +38,39 @@ def test_a_hostile_last_checkpoint_runs_nothing_when_a_training_resumes(tmp_path
     with pytest.raises(UserError, match="last.ckpt: refused"):
         WholeCheckpoints().load_checkpoint("last.ckpt", map_location="cpu", weights_only=False)
     assert os.listdir() == ["last.ckpt"]
+
+
+class Rank1:
+    """A trainer of the second process, which counts who asks for the metrics of all."""
+
+    is_global_zero, asked = False, 0
+
+    @property
+    def callback_metrics(self):
+        self.asked += 1
+        return {"val_loss": torch.tensor(1.0), "labelled_accuracy": torch.tensor(1.0)}
+
+
+def test_every_process_asks_for_metrics_which_all_of_them_have_to_reduce(tmp_path):
+    import p4_train
+
+    for callback in (Keep(tmp_path), p4_train.Selection(tmp_path, None, None, False)):
+        trainer = Rank1()
+        callback.on_validation_epoch_end(trainer, None)
+        assert trainer.asked == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_moving_average_is_that_of_torch_after_the_warmup_and_the_weights_before_it():
+    torch.manual_seed(0)
+    module = torch.nn.BatchNorm1d(4)
+    average = MovingAverage(argparse.Namespace(device=torch.device("cpu"), ema=0.9, warmup=2))
+    average._average_model = torch.optim.swa_utils.AveragedModel(module)
+    expected = None
+    for step in range(1, 7):
+        for x in (*module.parameters(), module.running_mean):
+            x.data += torch.randn(4)
+        now = torch.cat([module.weight.detach(), module.running_mean])
+        expected = now if step <= 3 else 0.9 * expected + 0.1 * now
+        average.on_train_batch_end(argparse.Namespace(global_step=step), module, None, None, 0)
+        averaged = average._average_model.module
+        assert torch.allclose(torch.cat([averaged.weight, averaged.running_mean]), expected, atol=1e-6)
