@@ -222,21 +222,24 @@ def waits(monkeypatch):
     return steps
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """The data of every training: digits/, photos/ and emoji/."""
-    pytest.importorskip("pytorch_lightning")
-    folder = tmp_path_factory.mktemp("data")
+def write_data(folder):
+    """The data of every training: digits/, photos/ and emoji/; gives the folder."""
+    from test_p3_train import write_emoji
+
     for seed, name in enumerate(("mnistm", "svhn")):
         write_domain(folder / "digits" / name, count=200, seed=seed, flat=True)
     (folder / "photos").mkdir()
     random = np.random.RandomState(0)
     for i in range(60):
         Image.new("RGB", (32, 32), tuple(random.randint(0, 256, 3).tolist())).save(folder / f"photos/{i:02}.png")
-    from test_p3_train import write_emoji
-
     write_emoji(folder / "emoji")
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    pytest.importorskip("pytorch_lightning")
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 STEPS = ["--epoch-steps", 2, "--warmup", 1, "--precision", "fp32"]
