@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("pytorch_lightning")
 
-from train_common import Keep, MovingAverage, WholeCheckpoints  # noqa: E402
+from train_common import MovingAverage, SaveBest, WholeCheckpoints  # noqa: E402
 from utils import UserError  # noqa: E402
 
 
@@ -48,16 +48,17 @@ class Rank1:
     @property
     def callback_metrics(self):
         self.asked += 1
-        return {"val_loss": torch.tensor(1.0), "labelled_accuracy": torch.tensor(1.0)}
+        return {"val_loss_0.9": torch.tensor(1.0), "labelled_accuracy": torch.tensor(1.0)}
 
 
 def test_every_process_asks_for_metrics_which_all_of_them_have_to_reduce(tmp_path):
     import p4_train
 
-    for callback in (Keep(tmp_path), p4_train.Selection(tmp_path, None, None, False)):
+    module = argparse.Namespace(averages=argparse.Namespace(decays=[0.9]))
+    for callback in (SaveBest(tmp_path, None), p4_train.Selection(tmp_path, None, None, False)):
         trainer = Rank1()
-        callback.on_validation_epoch_end(trainer, None)
-        assert trainer.asked == 1 and not list(tmp_path.iterdir())
+        callback.on_validation_epoch_end(trainer, module)
+        assert trainer.asked and not list(tmp_path.glob("*.pt"))
 
 
 def test_the_moving_average_is_that_of_torch_after_the_warmup_and_the_weights_before_it():
