@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import inspect
 import io
 import os
 import pathlib
@@ -28,7 +29,7 @@ def script(name, *arguments, code=0, cwd=None, apart=False):
             os.chdir(cwd or before)
             with mock.patch.object(sys, "argv", [name, *arguments]):
                 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                    ended = main()
+                    ended = main(*[arguments] * len(inspect.signature(main).parameters))
         except SystemExit as e:
             ended = e.code
         finally:
