@@ -1,7 +1,7 @@
 """The face U-Net of Problem 2: DDPM's for 256x256 CelebA-HQ (Ho et al. 2020, appendix B), as in UNet.pt.
 
 model = UNet().eval()                       # 113.7 M parameters; UNet(channel=32) is the same, narrower: 7.1 M
-model.load_state_dict(torch.load("hw2_data/face/UNet.pt"))
+model.load_state_dict(load_checkpoint("hw2_data/face/UNet.pt"))
 eps = model(x_t, t)                         # [B, 3, H, W] in and out, multiples of 32; t int64 [B], 0 .. 999
 """
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from utils import UserError, atomic, load_checkpoint
+from utils import UserError, atomic, is_finite, load_checkpoint
 
 try:
     with warnings.catch_warnings():
@@ -125,6 +125,8 @@ def _build(state, path):
     """clip.model.CLIP in float32 of a state dict in OpenAI's names."""
     sizes = {"input_resolution", "context_length", "vocab_size"}
     state = {k: v for k, v in state.items() if torch.is_tensor(v) and k not in sizes and not k.endswith("attn_mask")}
+    if not all(map(is_finite, state.values())):
+        raise UserError(f"{path}: has NaN or infinity in its weights; fetch it again")
     try:
         network = openai_clip.model.build_model(dict(state)).float()  # build_model rounds to float16
         network.load_state_dict(state)

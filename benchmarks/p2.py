@@ -37,7 +37,7 @@ from torch.nn import functional as F
 import UNet as room
 from diffusion import ddim, run, schedule, time_batch, timesteps
 from p2_ddim import ETAS, Sampler
-from utils import UserError, cli, noise_stream, pick_device, plain_attention, to_uint8
+from utils import UserError, cli, load_checkpoint, noise_stream, pick_device, plain_attention, to_uint8
 
 VARIANTS = ["plain fp32", "diffusers fp32", "ours fp32", "ours bf16"]
 
@@ -282,7 +282,7 @@ def main(argv=None):
         if not args.unet:
             random_weights(args.channel, unet)
         results = {v: measure(args, v, unet, folder / f"{v}.pt") for v in variants}
-        pictures = {v: torch.load(folder / f"{v}.pt") for v in variants}
+        pictures = {v: load_checkpoint(folder / f"{v}.pt") for v in variants}
     plain_step = results["plain fp32"]["seconds"] / args.count / args.steps if "plain fp32" in results else None
     lines += [row(args, v, results[v], pictures[v], pictures.get("ours fp32"), plain_step) for v in variants]
     print("\n".join(lines))

@@ -26,7 +26,7 @@ import torch
 from ldm.util import CONFIGS, instantiate_from_config, load_model, read_config
 from omegaconf import OmegaConf
 
-from utils import Parser, UserError, cli, pick_device, reuse_freed_memory
+from utils import Parser, UserError, cli, load_checkpoint, pick_device, reuse_freed_memory
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TINY = {
@@ -164,7 +164,7 @@ def parse_args():
 def run_worker(opt, who, precision, ckpt):
     options = [f"--{name}={getattr(opt, name)}" for name in ("size", "device", "repeats", "threads")]
     result = table.in_own_process(__file__, "--worker", who, precision, ckpt, *options, *["--tiny"] * opt.tiny)
-    return {**result, "eps": torch.load(f"{ckpt}.{who}.{precision}.eps")}
+    return {**result, "eps": load_checkpoint(f"{ckpt}.{who}.{precision}.eps")}
 
 
 @cli

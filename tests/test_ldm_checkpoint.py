@@ -175,6 +175,7 @@ def test_weights_that_are_not_finite_are_refused(files, state, tmp_path):
 def write(path, pickled, records=(), compression=zipfile.ZIP_STORED):
     """A torch zip of these bytes of a pickle and {key: data}."""
     with zipfile.ZipFile(path, "w", compression) as z:
+        z.writestr("archive/version", "3\n")  # which torch asks for
         z.writestr("archive/data.pkl", pickled)
         for key, data in dict(records).items():
             z.writestr(f"archive/data/{key}", data)

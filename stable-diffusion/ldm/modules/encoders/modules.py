@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm import ModelError
-from ldm.checkpoint import read_state_dict
+from ldm.checkpoint import is_finite, read_state_dict
 
 # OpenAI's text models (Radford et al. 2021, table 20)
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -70,7 +70,9 @@ class FrozenCLIPEmbedder(nn.Module):
         for name, stored in read_state_dict(path).items() if path else ():
             name = "transformer." + (name if name.startswith("text_model.") else "text_model." + name)
             if name in own and stored.shape == tuple(own[name].shape):
-                own[name].data.copy_(stored.load())
+                if not is_finite(weight := stored.load()):
+                    raise ModelError(f"{path}: {name} has NaN or infinity in it; fetch it again")
+                own[name].data.copy_(weight)
 
 
 class TextModel(CLIPTextModel):
