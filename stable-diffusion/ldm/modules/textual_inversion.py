@@ -120,13 +120,14 @@ class LearnedTokens(nn.Module):
         `metadata`, what was given to `add`, and `base_model` go into the header, as JSON. The same content gives the
         same bytes, written to a temporary name first.
         """
-        tokens, told = self.tokens if tokens is None else tokens, {"base_model": self.base_model}
+        tokens, told = self.tokens if tokens is None else tokens, {}
         for key in {key for token in tokens for key in self.metadata[token]}:
             values = {token: self.metadata[token][key] for token in tokens if key in self.metadata[token]}
             told[key] = values if len(tokens) > 1 else values[tokens[0]]
+        told.update(base_model=self.base_model, **metadata)  # not a loaded file's
         content = {token: self[token].detach().float().cpu().clone() for token in tokens}
         with atomic(path) as temporary:
-            temporary.write_bytes(to_bytes(content, {HEADER: json.dumps({**told, **metadata}, sort_keys=True)}))
+            temporary.write_bytes(to_bytes(content, {HEADER: json.dumps(told, sort_keys=True)}))
 
     def load(self, path, token=None):
         """Adds the placeholders of a file (see read_embeddings), its only one as `token` if given: their names."""
