@@ -2,7 +2,11 @@
 # bash demo.sh: sets up .venv, runs every problem in small into output/, grades what it made, and shows it on one page, output/index.html
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-[ $# -eq 0 ] || { echo "usage: bash demo.sh" >&2; exit 2; }
+case "${1:-}" in
+    "") ;;
+    -h | --help) sed -n "2s/^# //p" demo.sh; exit 0 ;;
+    *) echo "usage: bash demo.sh" >&2; exit 2 ;;
+esac
 . ./setup.sh
 
 set_up requirements.txt

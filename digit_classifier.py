@@ -125,11 +125,11 @@ def train(args, device, dtype):
     "epochs"}."""
     utils.reuse_freed_memory()
     utils.seed_everything(args.seed)
+    utils.output_file(args.out)
     images, labels = load_digits(args.data, args.train, "train")
     val_images, val_labels = load_digits(args.data, args.train, "val")
     if args.batch_size > len(labels):
         raise UserError(f"--batch-size {args.batch_size}: {args.data} has {len(labels)} pictures; take fewer")
-    utils.output_file(args.out)
     net = LeNet if args.train == "mnistm" else DigitResNet
     model = net().to(device, memory_format=torch.channels_last)
     steps = args.epochs * (len(labels) // args.batch_size)

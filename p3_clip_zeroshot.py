@@ -7,30 +7,33 @@ Writes zeroshot.json (all answers), examples.txt and examples.png (top row right
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import os
 import pathlib
 import random
+import re
 
 import matplotlib
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from p3_clip import load_clip
 from utils import (
+    Parser,
     UserError,
     add_device_options,
     atomic,
     autocast,
     cli,
+    open_image,
     output_folder,
-    pick_device,
     pick_precision,
+    read_json,
     save_json,
+    whole,
 )
+
+CLASS_ID = re.compile("[0-9]{1,9}")
 
 # The 18 templates of the CLIP paper for CIFAR-10 and CIFAR-100, 32x32 pictures as here (openai/CLIP, data/prompts.md).
 LOOKS = ["", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good "]
@@ -41,18 +44,17 @@ ENSEMBLE += [f"a photo of {article} {size} {{object}}." for size in ("small", "b
 def read_data(folder):
     """(image files, their class ids, class names) of val/{class_id}_{image_id}.png and id2label.json."""
     labels = folder / "id2label.json"
-    if not labels.is_file():
-        raise UserError(f"{labels}: no such file; `bash get_dataset.sh` fetches hw2_data")
-    try:
-        names = {int(k): v.replace("_", " ") for k, v in json.loads(labels.read_text()).items()}
-    except (ValueError, AttributeError) as e:
-        raise UserError(f'{labels}: expected {{"0": "bicycle", ...}} ({e})') from None
+    names = read_json(labels, "`bash get_dataset.sh` fetches hw2_data")
+    entries = names.items() if isinstance(names, dict) else [("", "")]
+    if not all(CLASS_ID.fullmatch(k) and isinstance(v, str) for k, v in entries):
+        raise UserError(f'{labels}: expected {{"0": "bicycle", ...}}; fetch it again')
+    names = {int(k): v.replace("_", " ") for k, v in entries}
     files = sorted((folder / "val").glob("*.png"))
     if not files:
         raise UserError(f"{folder / 'val'}: no PNG pictures there; `bash get_dataset.sh` fetches hw2_data")
     ids = [f.name.split("_")[0] for f in files]
     for file, i in zip(files, ids):
-        if not i.isdigit() or int(i) not in names:
+        if not CLASS_ID.fullmatch(i) or int(i) not in names:
             raise UserError(f"{file}: its name must begin with a class id of {labels}")
     return files, [int(i) for i in ids], names
 
@@ -84,7 +86,7 @@ def save_examples(rows, out):
             axis.axis("off")
             if row is not None:
                 text.append(f"  {row['file']}: truth {row['truth']}, answer {row['answer']} ({row['probability']:.1%})")
-                axis.imshow(Image.open(row["path"]), interpolation="nearest")
+                axis.imshow(open_image(row["path"]), interpolation="nearest")
                 answer = f"{row['answer']} ({row['probability']:.0%})"
                 axis.set_title(f"{row['file']}\ntruth: {row['truth']}\nanswer: {answer}", fontsize=9)
     figure.tight_layout()
@@ -113,26 +115,26 @@ def summary(rows, args, templates):
 
 
 @cli
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument("--data", default="hw2_data/clip_zeroshot")
     parser.add_argument("--model", default="ViT-B/32", help="OpenAI or hub name, folder, or file in OpenAI's format")
     parser.add_argument("--prompt", default="A photo of {object}.", help="must hold {object}")
     parser.add_argument("--ensemble", action="store_true", help="the CLIP paper's 18 CIFAR templates, averaged")
     parser.add_argument("--out", default="output/clip_zeroshot")
-    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--batch-size", type=whole(), default=100)
     add_device_options(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if "{object}" not in args.prompt:
         raise UserError('--prompt: needs {object} where the class name goes, as in "A photo of {object}."')
     files, truth, names = read_data(pathlib.Path(args.data))
-    device = pick_device(args.device)
+    device, dtype = args.device, pick_precision("fp32" if args.precision == "auto" else args.precision, args.device)
     clip = load_clip(args.model, device)
     out = output_folder(args.out)
 
     templates = ENSEMBLE if args.ensemble else [args.prompt]
     ids = sorted(names)
-    with autocast(device, pick_precision("fp32" if args.precision == "auto" else args.precision, device)):
+    with autocast(device, dtype):
         vectors = class_vectors(clip, [names[i] for i in ids], templates)
         answers, probabilities = classify(clip, files, vectors, args.batch_size)
     rows = [

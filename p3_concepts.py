@@ -6,12 +6,11 @@ for concept in read_concepts("hw2_data/textual_inversion/input.json"):
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 from typing import NamedTuple
 
-from utils import UserError
+from utils import UserError, read_json
 
 GRADED_TYPES = {".jpg", ".jpeg", ".png", ".bmp", ".gif"}  # the endings that the course's grader counts
 IMAGE_TYPES = GRADED_TYPES | {".webp"}
@@ -35,12 +34,7 @@ class Concept(NamedTuple):
 def read_concepts(path):
     """The JSON's entries as a list of Concept; UserError for a file that is missing, no JSON, or lacks a key."""
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of the JSON with the concepts and prompts")
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path}: not JSON ({e})") from None
+    entries = read_json(path, "give the path of the JSON with the concepts and prompts")
     if not isinstance(entries, dict) or not entries or not all(isinstance(e, dict) for e in entries.values()):
         raise UserError(f'{path}: expected {{"0": {{"token_name": ..., "prompt": [...]}}, ...}}')
     concepts = [_concept(path, key, entry) for key, entry in entries.items()]
@@ -55,10 +49,12 @@ def _concept(path, key, entry):
         if not isinstance(entry.get(name), kind) or not entry[name]:
             wanted = "text" if kind is str else "list of texts"
             raise UserError(f'{path}: entry "{key}" needs the key "{name}", a {wanted}')
-    if "/" in key or key in (".", ".."):
-        raise UserError(f'{path}: the entry name "{key}" cannot name a folder')
+    if not key.strip(". ") or not key.isprintable() or set(key) & set("/\\:"):
+        raise UserError(f"{path}: the entry name {key!r} cannot name a folder; take one such as 0")
     prompts, eval_prompts = entry["prompt"], entry.get("prompt_4_clip_eval", [])
     baseline = entry.get("baseline", [])
+    if not isinstance(baseline, list) or not all(map(is_pair, baseline)):
+        raise UserError(f'{path}: entry "{key}": "baseline" is a list of pairs of numbers, image score and text score')
     if not isinstance(eval_prompts, list) or not all(isinstance(p, str) for p in [*prompts, *eval_prompts]):
         raise UserError(f'{path}: entry "{key}": every prompt must be a text')
     for name, values in (("prompt_4_clip_eval", eval_prompts), ("baseline", baseline)):
@@ -79,12 +75,17 @@ def _concept(path, key, entry):
     if isinstance(validation, dict) and all(isinstance(told, str) for told in validation.values()):
         templates("validation_prompts", list(validation))
     else:
-        validation = {t: t.format(entry["src_image"]) for t in templates("validation_prompts", validation)}
+        validation = {t: t.replace("{}", entry["src_image"]) for t in templates("validation_prompts", validation)}
     init_word = entry.get("init_word", "")
     if not isinstance(init_word, str):
         raise UserError(f'{path}: entry "{key}": "init_word" is a text')
     texts = prompts, eval_prompts, baseline, captions, validation, init_word
     return Concept(key, entry["src_image"], entry["token_name"], *texts)
+
+
+def is_pair(value):
+    """Whether a value of a JSON is a list of two numbers."""
+    return isinstance(value, list) and len(value) == 2 and all(type(x) in (int, float) for x in value)
 
 
 def placeholders(prompt):

@@ -12,7 +12,6 @@ import time
 
 START = time.monotonic()  # the graders' clock runs while torch is being imported
 
-import argparse  # noqa: E402
 import hashlib  # noqa: E402
 import json  # noqa: E402
 import pathlib  # noqa: E402
@@ -25,15 +24,18 @@ from tqdm import tqdm  # noqa: E402
 import p3_model  # noqa: E402
 from p3_concepts import image_files, placeholders, read_concepts  # noqa: E402
 from utils import (  # noqa: E402
+    Parser,
     UserError,
     add_device_options,
     atomic,
     cli,
     image_grid,
     output_folder,
-    pick_device,
     pick_precision,
+    read_json,
+    real,
     save_png,
+    whole,
 )
 
 FEWEST_STEPS = 8  # below this DPM-Solver++ pictures fall apart
@@ -70,10 +72,10 @@ def tokens_in(prompts, concepts):
 def read_manifest(path):
     """{relative path: recipe} of the pictures that an earlier run finished."""
     try:
-        manifest = json.loads(path.read_text())
-        return manifest if isinstance(manifest, dict) else {}
-    except (OSError, ValueError):
+        manifest = read_json(path)
+    except UserError:  # none, or a damaged one: the pictures are made again
         return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def write_manifest(manifest, path):
@@ -238,44 +240,39 @@ def train_missing(model, tokens, jobs, out, args, clock, pictures):
 # -------------------------------------------------------------------------------- main
 
 
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", help="concepts and prompts")
-    parser.add_argument("out", help="output folder")
-    parser.add_argument("ckpt", help="sd-v1-4.ckpt, or another checkpoint that --config describes")
-    parser.add_argument("--embeddings", default=str(p3_model.ROOT / "embeddings"), help="folder of learned ones")
-    parser.add_argument("--images", type=int, default=25, help="pictures a prompt (default: 25, what the grader takes)")
-    parser.add_argument("--steps", type=int, default=25, help="DPM-Solver++ steps (default: 25)")
-    parser.add_argument("--scale", type=float, default=7.5, help="guidance scale (default: 7.5)")
-    parser.add_argument("--batch-size", type=int, help="pictures at once (default: by free memory)")
-    parser.add_argument("--time-limit", type=float, help="seconds for everything; steps are lowered to keep it")
-    parser.add_argument("--train-missing", action="store_true", help="train absent embeddings from JSON's folder")
-    parser.add_argument("--train-steps", type=int, default=400, help="of --train-missing, at most")
-    parser.add_argument("--prompt", help="draw this prompt instead of the JSON's, into OUT/prompt.png")
+def arguments(argv):
+    parser = Parser(__doc__)
+    option = parser.add_argument
+    option("json", help="concepts and prompts")
+    option("out", help="output folder")
+    option("ckpt", help="sd-v1-4.ckpt, or another checkpoint that --config describes")
+    option("--embeddings", default=str(p3_model.ROOT / "embeddings"), help="folder of learned ones")
+    option("--images", type=whole(), default=25, help="pictures a prompt (default: 25, what the grader takes)")
+    option("--steps", type=whole(1, 1000), default=25, help="DPM-Solver++ steps (default: 25)")
+    option("--scale", type=real(-100, 100), default=7.5, help="guidance scale (default: 7.5)")
+    option("--batch-size", type=whole(), help="pictures at once (default: by free memory)")
+    option("--time-limit", type=real(positive=True), help="seconds for everything; steps are lowered to keep it")
+    option("--train-missing", action="store_true", help="train absent embeddings from JSON's folder")
+    option("--train-steps", type=whole(), default=400, help="of --train-missing, at most")
+    option("--prompt", help="draw this prompt instead of the JSON's, into OUT/prompt.png")
     p3_model.add_model_options(parser)
     add_device_options(parser)
-    args = parser.parse_args()
-    p3_model.check_size(args.size)
-    for name in ("images", "steps", "batch_size", "train_steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: take 1 or more")
-    return args
+    return parser.parse_args(argv)
 
 
 @cli
-def main():
-    args = arguments()
+def main(argv=None):
+    args = arguments(argv)
     concepts = read_concepts(args.json)
     prompts = [args.prompt] if args.prompt else [p for c in concepts for p in c.prompts]
-    out = output_folder(args.out)
-    device = pick_device(args.device)
-    dtype = pick_precision(args.precision, device)
-    model = p3_model.load_stable_diffusion(args.ckpt, device, dtype, args.config)
+    out, dtype = pathlib.Path(args.out), pick_precision(args.precision, args.device)
+    model = p3_model.load_stable_diffusion(args.ckpt, args.device, dtype, args.config)
     args.size = args.size or p3_model.own_size(model)
     tokens, missing = p3_model.learned_tokens(model), tokens_in(prompts, concepts)
     for folder in (args.embeddings, pathlib.Path(args.json).parent / "embeddings", out / ".embeddings"):
         missing = p3_model.load_embeddings(tokens, folder, missing)
     jobs = sources_of(missing, concepts, pathlib.Path(args.json).parent, args)
+    output_folder(out)
 
     batch = args.batch_size or p3_model.fitting_batch(model, args.size)
     weights = p3_model.weights_id(model)

@@ -8,6 +8,7 @@ p3_textual_inversion.py runs this for all concepts of a JSON, p3_infer.py for a 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -16,6 +17,7 @@ import re
 import time
 from typing import NamedTuple
 
+import pandas
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import to_tensor
@@ -23,6 +25,7 @@ from tqdm import tqdm
 
 from diffusion import training_loss
 from p3_clip import best_fifth, image_scores, text_scores
+from p3_concepts import is_pair
 from p3_model import fitting_batch, generate, read_embeddings, user_errors, weights_id
 from utils import (
     UserError,
@@ -32,6 +35,7 @@ from utils import (
     load_checkpoint,
     open_image,
     output_folder,
+    read_json,
     save_checkpoint,
     save_png,
 )
@@ -168,6 +172,15 @@ def held_back_loss(model, moments, prompts, batch, seed=0, times=8):
     return total / len(pairs)
 
 
+@contextlib.contextmanager
+def expecting(message):
+    """UserError with `message` where a file of ours has other content than we wrote, whatever that leads to."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise UserError(message) from None
+
+
 # -------------------------------------------------------------------------------- the training
 
 
@@ -220,11 +233,13 @@ class Inversion:
             losses.append(self.optimize(examples, step))
             bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}")
             late = deadline is not None and time.monotonic() > deadline
-            if late or len(losses) % recipe.save_every == 0 or len(losses) == recipe.steps:
-                self.save(examples)
-            if recipe.preview_every and len(losses) % recipe.preview_every == 0:
+            if (
+                recipe.preview_every and len(losses) % recipe.preview_every == 0
+            ):  # first: a kill after `save` loses none
                 pictures = self.draw(examples.captions[0][0], range(4), steps=20, seed=recipe.seed)
                 save_png(image_grid(pictures, columns=2), self.work / f"preview_{len(losses):05d}.png")
+            if late or len(losses) % recipe.save_every == 0 or len(losses) == recipe.steps:
+                self.save(examples)
             if late:
                 break
 
@@ -236,7 +251,7 @@ class Inversion:
         pick = torch.randint(len(moments), (batch,), generator=draw)
         told = [captions[i * len(captions) // len(moments)] for i in pick.tolist()]
         which = torch.rand(batch, generator=draw)
-        told = [texts[int(u * len(texts))].format(self.token) for texts, u in zip(told, which)]
+        told = [texts[int(u * len(texts))].replace("{}", self.token) for texts, u in zip(told, which)]
         t = torch.randint(self.model.num_timesteps, (batch,), generator=draw)
         loss = eps_loss(self.model, moments[pick.to(moments.device)], t, told, draw)
         self.scaler.scale(loss).backward()
@@ -246,17 +261,18 @@ class Inversion:
 
     def draw(self, template, indices, **settings):
         """Pictures of a text with {} for the token, as p3_model.generate makes them."""
-        return generate(self.model, template.format(self.token), indices, size=self.recipe.size, **settings)
+        return generate(self.model, template.replace("{}", self.token), indices, size=self.recipe.size, **settings)
 
     def save(self, examples):
         """step_NNNNN.safetensors with its held-back loss, losses.csv, and state.pt to resume from."""
-        step, told = len(self.losses), [texts[0].format(self.token) for texts in examples.captions]
+        step, told = len(self.losses), [texts[0].replace("{}", self.token) for texts in examples.captions]
         loss = held_back_loss(self.model, examples.held, told, self.recipe.batch)
         with user_errors():
             path = self.work / f"step_{step:05d}.safetensors"
             self.tokens.save(path, [self.token], step=step, scores={"held_back_loss": loss})
+        table = pandas.DataFrame({"step": range(1, step + 1), "loss": self.losses})
         with atomic(self.work / "losses.csv") as temporary:
-            temporary.write_text("step,loss\n" + "".join(f"{i + 1},{x:.6f}\n" for i, x in enumerate(self.losses)))
+            table.to_csv(temporary, index=False, float_format="%.6f")
         state = {"training": self.identity(), "losses": self.losses, "vectors": self.vectors.detach().cpu()}
         state.update(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
         save_checkpoint(state, self.work / "state.pt")
@@ -274,26 +290,31 @@ class Inversion:
         path = self.work / "state.pt"
         if not path.is_file():
             return
-        state = load_checkpoint(path)
-        changed = ", ".join(k for k, v in self.identity().items() if state["training"].get(k) != v)
+        state, changed = load_checkpoint(path), ""
+        with expecting(f"{path}: no state of a training; remove {self.work} to start anew"):
+            changed = ", ".join(k for k, v in self.identity().items() if state["training"].get(k) != v)
+            if not changed:
+                self.vectors.data.copy_(state["vectors"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.scaler.load_state_dict(state["scaler"])
+                self.losses = [float(x) for x in state["losses"]]
         if changed:
             raise UserError(f"{path}: of a training with another {changed}; remove {self.work} to start anew")
-        self.vectors.data.copy_(state["vectors"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.losses = state["losses"]
 
     # ---------------------------------------------------------------------------- choice of a step
 
     def saved(self):
         """[(held-back loss, step, vectors)] of the saved steps, the lowest loss first. With `recipe.average` above 1
         the vectors are means of saved steps (Polyak and Juditsky 1992), losses are not."""
-        with user_errors():
-            content = [read_embeddings(path) for path in sorted(self.work.glob("step_*.safetensors"))]
-        vectors, n = [v[self.token] for v, _ in content], self.recipe.average
+        saved, vectors, n = [], [], self.recipe.average
+        for path in sorted(self.work.glob("step_*.safetensors")):
+            with user_errors():
+                content, told = read_embeddings(path)
+            with expecting(f"{path}: no saved step of {self.token}; remove it"):
+                vectors.append(content[self.token].view_as(self.vectors))
+                saved.append((float(told["scores"]["held_back_loss"]), int(told["step"])))
         means = [torch.stack(vectors[max(0, i + 1 - n) : i + 1]).mean(0) for i in range(len(vectors))]
-        saved = [(told["scores"]["held_back_loss"], told["step"], mean) for (_, told), mean in zip(content, means)]
-        return sorted(saved, key=lambda entry: entry[:2])
+        return sorted([(*entry, mean) for entry, mean in zip(saved, means)], key=lambda entry: entry[:2])
 
     def choose(self, files, clip=None, deadline=None):
         """(step, vectors, scores, by what) of the best saved step: by the grader's score, without a CLIP by the loss.
@@ -305,7 +326,9 @@ class Inversion:
         if clip is None:
             loss, step, vectors = saved[0]
             return step, vectors, {"held_back_loss": loss}, "the lowest eps loss on held-back crops"
-        known = json.loads(path.read_text()) if path.is_file() else {}
+        known = read_json(path) if path.is_file() else {}
+        if not isinstance(known, dict) or not all(map(is_pair, known.values())):
+            raise UserError(f"{path}: no scores of steps; remove it")
         sources, best = clip.images(files), None
         for loss, step, vectors in tqdm(saved, desc=f"score {self.token}", unit="checkpoint"):
             name = f"{clip.name}, {recipe.validation_pictures} pictures, mean of {recipe.average}, step {step}"
@@ -326,7 +349,7 @@ class Inversion:
         validation, scores = self.concept.validation, []
         if not validation:
             templates = STYLE_VALIDATION if self.kind == "style" else OBJECT_VALIDATION
-            validation = {t: t.format(self.concept.word) for t in templates}
+            validation = {t: t.replace("{}", self.concept.word) for t in templates}
         indices, most = range(self.recipe.validation_pictures), fitting_batch(self.model, self.recipe.size)
         parts = [indices[i : i + most] for i in range(0, len(indices), most)]
         for template, told in validation.items():

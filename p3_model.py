@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import pathlib
+import re
 import sys
+import urllib.parse
 
 import torch
 
-from utils import UserError, noise_stream, reuse_freed_memory, to_uint8  # isort: skip  puts ldm on the path
+from utils import UserError, noise_stream, reuse_freed_memory, to_uint8, whole  # isort: skip  puts ldm on the path
 
 from ldm import ModelError
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -26,7 +28,9 @@ ROOT = pathlib.Path(__file__).resolve().parent
 def add_model_options(parser):
     """What both scripts of Textual Inversion ask about the model."""
     parser.add_argument("--config", help="the model's YAML (default: what the checkpoint names, else v1-inference)")
-    parser.add_argument("--size", type=int, help="side of a picture, a multiple of 64 (default: the model's own)")
+    parser.add_argument(
+        "--size", type=whole(64, 4096, 64), help="side of a picture, a multiple of 64 (default: the model's own)"
+    )
 
 
 @contextlib.contextmanager
@@ -43,11 +47,6 @@ def load_stable_diffusion(ckpt, device, dtype, config=None):
     reuse_freed_memory()
     with user_errors():
         return load_model(config, ckpt, device, dtype)
-
-
-def check_size(size):
-    if size is not None and (size < 64 or size % 64):
-        raise UserError(f"--size {size}: take a multiple of 64, at least 64")
 
 
 def own_size(model):
@@ -103,9 +102,10 @@ def learned_tokens(model):
 
 
 def embedding_path(folder, token):
-    """Where the embedding of a token is kept: <new1> in new1.safetensors."""
-    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in token.strip("<>"))
-    return pathlib.Path(folder) / f"{name or 'token'}.safetensors"
+    """Where the embedding of a token is kept: <new1> in new1.safetensors, and no other token there."""
+    bare = re.fullmatch("<.*>", token, re.DOTALL) is None
+    name = urllib.parse.quote(token if bare else token[1:-1], safe="")
+    return pathlib.Path(folder) / f"{'=' * bare}{name}.safetensors"
 
 
 def load_embeddings(tokens, folder, wanted):

@@ -9,20 +9,19 @@ Steps, previews and losses go to --work; run again, it resumes there. At the end
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import time
 
 from p3_clip import load_clip
 from p3_concepts import image_files, read_concepts
 from p3_invert import Inversion, Recipe
-from p3_model import add_model_options, check_size, embedding_path, learned_tokens, load_stable_diffusion, own_size
-from utils import UserError, add_device_options, cli, output_folder, pick_device, pick_precision
+from p3_model import add_model_options, embedding_path, learned_tokens, load_stable_diffusion, own_size
+from utils import Parser, UserError, add_device_options, cli, output_folder, pick_precision, real, whole
 
 
-def arguments():
+def arguments(argv):
     default = Recipe()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     option = parser.add_argument
     option("--json", default="hw2_data/textual_inversion/input.json")
     option("--data", default="hw2_data/textual_inversion", help="source images, in {source}/*.jpg")
@@ -31,31 +30,28 @@ def arguments():
     option("--work", default="runs/textual_inversion", help="steps and previews; resumed if there")
     option("--only", nargs="+", metavar="SOURCE", help="only these entries of the JSON, as in --only 0")
     option("--clip", help="name, folder, file, or none (default: ViT-B/32, if it can be had)")
-    option("--max-time", type=float, metavar="MINUTES", help="for everything, the choice included")
-    option("--steps", type=int, default=default.steps)
-    option("--batch-size", type=int, default=default.batch, dest="batch")
-    option("--lr", type=float, default=default.lr, help="of one picture; scaled by their number a step")
-    option("--vectors", type=int, default=default.vectors, help="vectors a token (default: 1)")
+    option("--max-time", type=real(positive=True), metavar="MINUTES", help="for everything, the choice included")
+    option("--steps", type=whole(), default=default.steps)
+    option("--batch-size", type=whole(), default=default.batch, dest="batch")
+    option("--lr", type=real(positive=True), default=default.lr, help="of one picture; scaled by their number a step")
+    option("--vectors", type=whole(), default=default.vectors, help="vectors a token (default: 1)")
     option("--init-word", default="", help='words to start from, say "corgi" (default: the JSON\'s)')
-    option("--crops", type=int, default=default.crops, help="random crops a picture")
-    option("--save-every", type=int, default=default.save_every)
-    option("--preview-every", type=int, default=default.preview_every, help="0: no previews")
+    option("--crops", type=whole(), default=default.crops, help="random crops a picture")
+    option("--save-every", type=whole(), default=default.save_every)
+    option("--preview-every", type=whole(0), default=default.preview_every, help="0: no previews")
     option(
         "--validation-pictures",
-        type=int,
+        type=whole(),
         default=default.validation_pictures,
         metavar="N",
         help="of each prompt that steps are chosen on",
     )
-    option("--average", type=int, default=default.average, metavar="N", help="means of N saved steps to choose from")
+    option(
+        "--average", type=whole(), default=default.average, metavar="N", help="means of N saved steps to choose from"
+    )
     add_model_options(parser)
     add_device_options(parser)
-    args = parser.parse_args()
-    check_size(args.size)
-    for name in ("steps", "batch", "vectors", "crops", "save_every", "validation_pictures", "average"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: take 1 or more")
-    return args
+    return parser.parse_args(argv)
 
 
 def chosen(concepts, args):
@@ -84,13 +80,13 @@ def judge(name, device):
 
 
 @cli
-def main():
+def main(argv=None):
     begin = time.monotonic()
-    args = arguments()
+    args = arguments(argv)
     jobs = chosen(read_concepts(args.json), args)
-    out, device = output_folder(args.out), pick_device(args.device)
-    clip = judge(args.clip, device)
-    model = load_stable_diffusion(args.ckpt, device, pick_precision(args.precision, device), args.config)
+    dtype, clip = pick_precision(args.precision, args.device), judge(args.clip, args.device)
+    model = load_stable_diffusion(args.ckpt, args.device, dtype, args.config)
+    out = output_folder(args.out)
     args.size = args.size or own_size(model)
     tokens, recipe = learned_tokens(model), Recipe(**{k: v for k, v in vars(args).items() if k in Recipe._fields})
     done = []

@@ -69,14 +69,14 @@ def write_labels(path, names, labels):
         table.to_csv(temporary, index=False, errors="surrogateescape")  # a file's name may be no UTF-8
 
 
-def accuracy(names, labels, gt, fraction=1.0):
-    """(right, known): how many labels agree with the csv, and how many of the pictures it names, of those that belong
-    to the held-back `fraction`; raises UserError where it names none."""
+def read_truth(gt, names, fraction):
+    """{name: label} of those of the pictures that the csv names and that belong to the held-back `fraction`; raises
+    UserError where there are none."""
     truth = {name: label for name, label in zip(*read_csv(gt)) if is_validation(name, fraction)}
-    known = [(label, truth[name]) for name, label in zip(names, labels) if name in truth]
-    if not known:
+    truth = {name: truth[name] for name in names if name in truth}
+    if not truth:
         raise UserError(f"{gt}: names none of the pictures; give the csv that belongs to the folder")
-    return sum(label == true for label, true in known), len(known)
+    return truth
 
 
 def parse(argv):
@@ -109,18 +109,17 @@ def main(argv=None):
     path = args.checkpoint or CHECKPOINTS / f"p4_{target}_{mode}.pt"
     net, config = load_digit_net(path)
     names, images = read_folder(args.folder)
+    truth = read_truth(args.gt, names, HELD_BACK[target] if args.held_back else 1.0) if args.gt else {}
     output_file(args.csv)
     with autocast(device, dtype):
         options = {"device": device, "batch_size": args.batch_size, "progress": "digits"}
         labels = predict(net.to(device), images, config["domain"], **options).tolist()
-    fraction = HELD_BACK[target] if args.held_back else 1.0
-    score = accuracy(names, labels, args.gt, fraction) if args.gt else None
     write_labels(args.csv, names, labels)
-    if score:
-        right, known = score
-        told = {"folder": args.folder, "target": target, "mode": mode, "right": right, "known": known}
+    if truth:
+        right = sum(truth.get(name) == label for name, label in zip(names, labels))
+        told = {"folder": args.folder, "target": target, "mode": mode, "right": right, "known": len(truth)}
         save_json(told, pathlib.Path(args.csv).with_suffix(".json"))
-        print(f"accuracy {right / known:.4f} ({right}/{known})")
+        print(f"accuracy {right / len(truth):.4f} ({right}/{len(truth)})")
     print(f"wrote {len(names)} labels ({target}, {mode}) to {args.csv}")
 
 

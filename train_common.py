@@ -152,9 +152,10 @@ class SeedEpochs(pl.Callback):
     one draws."""
 
     def __init__(self, seed):
-        self.seed = seed
+        self.seed, self.began = seed, False
 
     def on_train_epoch_start(self, trainer, module):
+        self.began = True
         torch.manual_seed(self.seed + 1000 * trainer.current_epoch + trainer.global_rank)
 
 
@@ -192,7 +193,10 @@ class WholeCheckpoints(TorchCheckpointIO):
         save_checkpoint(checkpoint, path)
 
     def load_checkpoint(self, path, *args, **kwargs):
-        return load_checkpoint(path)
+        checkpoint = load_checkpoint(path)
+        if not isinstance(checkpoint, dict) or not {"state_dict", "optimizer_states", "loops"} <= set(checkpoint):
+            raise UserError(f"{path}: no state of a training; remove it, or give another --out")
+        return checkpoint
 
 
 class Batches(Dataset):
@@ -264,6 +268,13 @@ def fit(args, trainer, module, train, val):
     ]
     try:
         trainer.fit(module, *loaders, ckpt_path=args.resume_from)
+    except OSError as e:  # of the loggers, which do not always say which file
+        raise UserError(f"{e.filename or args.out}: {e.strerror}; the same line goes on when that is mended") from None
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        if args.resume_from is None or any(isinstance(c, SeedEpochs) and c.began for c in trainer.callbacks):
+            raise
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
+        raise UserError(f"{args.resume_from}: not of this training ({reason}); remove it, or take another --out") from e
     except SystemExit:  # Lightning's own, after Ctrl-C
         last = pathlib.Path(args.out) / "last.ckpt"
         every = f"{last} is written every {args.epoch_steps} steps, see --epoch-steps"

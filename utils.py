@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "stable-diffusion"))
 from ldm import ModelError  # noqa: E402
@@ -54,31 +55,36 @@ def cli(main):
         except UserError as e:
             message = str(e)
         except OSError as e:
-            message = f"{e.filename}: {e.strerror}" if e.filename else str(e)
+            message = f"{e.filename or 'standard output or a temporary file'}: {e.strerror or e}"
         except (MemoryError, RuntimeError) as e:
             if isinstance(e, RuntimeError) and not ("allocate memory" in str(e) or "out of memory" in str(e)):
                 raise
             message = f"too little memory ({str(e)[:150]}); take a smaller --batch-size or smaller pictures"
         except KeyboardInterrupt as e:
-            print(str(e) or "interrupted; the same line starts anew", file=sys.stderr)
+            last_line(str(e) or "interrupted; run the same line again")
             raise SystemExit(code) from None
         finally:
             signal.signal(signal.SIGTERM, before)
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        last_line(f"error: {' '.join(message.split())}")
         raise SystemExit(2)
 
     return run
+
+
+def last_line(text):
+    """Writes it on stderr, below the progress bars that an error has left open."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(text, file=sys.stderr)
 
 
 def flush_output():
     """What is printed must not fail as late as the interpreter's end, where it would be a traceback."""
     try:
         sys.stdout.flush()
-    except OSError as e:
+    except OSError:
         sys.stdout = None
-        raise UserError(
-            f"standard output: {e.strerror}; what was to be written is there, but for what it says"
-        ) from None
+        raise
 
 
 # ------------------------------------------------------------------------ options
@@ -265,13 +271,13 @@ def read_json(path, remedy="correct its path"):
 Image.MAX_IMAGE_PIXELS = None  # Pillow only warns of what is up to twice as large
 
 
-def open_image(path, remedy="remove it or fetch it again"):
-    """The picture in a file as a PIL image, RGB, turned upright as its EXIF orientation says; raises UserError."""
+def open_image(path, remedy="remove it or fetch it again", upright=True):
+    """The picture in a file as a PIL image, RGB, turned `upright` as its EXIF orientation says; raises UserError."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > 90e6:
                 raise ValueError(f"{image.width}x{image.height} pixels, of which 90 million are the most")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: no such picture; {remedy}") from None
     except Exception as e:  # Pillow raises many kinds

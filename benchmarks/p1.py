@@ -40,9 +40,11 @@ from utils import (
     image_grid,
     noise_stream,
     pick_precision,
+    real,
     reuse_freed_memory,
     save_png,
     to_uint8,
+    whole,
 )
 
 FULL = (0, 1000)
@@ -197,6 +199,17 @@ def nearest(images, others, own=False):
     return (distance.fill_diagonal_(float("inf")) if own else distance).min(dim=1)
 
 
+def one_setting(sampler, steps, guidance, times):
+    """One entry of GRID from the words of --only."""
+    try:
+        first, last = map(int, times.split("-"))
+        if sampler in ("dpm++", "ddim", "ddpm"):
+            return sampler, whole(1, 1000)(steps), real(-100, 100)(guidance), (first, last)
+    except (ValueError, UserError):
+        pass
+    raise UserError("--only: take SAMPLER STEPS GUIDANCE FROM-TO, as in dpm++ 16 5 200-750")
+
+
 @cli
 def main(argv=None):
     parser, root = Parser(__doc__), ROOT / "checkpoints"
@@ -207,11 +220,11 @@ def main(argv=None):
     judge = str(root / "mnistm_classifier.pth")
     option("--classifier", default=judge, help="of MNIST-M: the course's Classifier.pth or ours")
     option("--svhn-classifier", default=str(root / "svhn_classifier.pth"))
-    option("--num-per-digit", type=int, default=50)
-    option("--batch-size", type=int, default=100)
-    setting = "SAMPLER", "STEPS", "GUIDANCE", "FROM-TO"
-    option("--only", nargs=4, action="append", metavar=setting, help="these settings only")
-    option("--fid-images", type=int, default=1000, help="of each setting, and real ones of each domain")
+    option("--num-per-digit", type=whole(1, 10_000), default=50)
+    option("--batch-size", type=whole(), default=100)
+    words = "SAMPLER", "STEPS", "GUIDANCE", "FROM-TO"
+    option("--only", nargs=4, action="append", metavar=words, help="these settings only")
+    option("--fid-images", type=whole(2), default=1000, help="of each setting, and real ones of each domain")
     option("--no-fid", action="store_true")
     option("--no-peers", action="store_true")
     option("--neighbours", metavar="FILE")
@@ -223,7 +236,7 @@ def main(argv=None):
     args.model, args.config = load_digit_unet(args.checkpoint)
     args.model.to(args.device)
     args.judges = [load_classifier(args.classifier, args.device), load_classifier(args.svhn_classifier, args.device)]
-    only = [(s, int(n), float(g), tuple(map(int, i.split("-")))) for s, n, g, i in args.only or []]
+    only = [one_setting(*words) for words in args.only or []]
     args.grid = only or GRID
     if args.neighbours:
         neighbours(args, args.neighbours)

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 import UNet as room
 from diffusion import ddim, run, schedule, time_batch, timesteps
 from p2_ddim import ETAS, Sampler
-from utils import UserError, cli, load_checkpoint, noise_stream, pick_device, plain_attention, to_uint8
+from utils import Parser, UserError, cli, load_checkpoint, noise_stream, pick_device, plain_attention, to_uint8, whole
 
 VARIANTS = ["plain fp32", "diffusers fp32", "ours fp32", "ours bf16"]
 
@@ -139,7 +139,6 @@ def diffusers_keys(state_dict):
 
 def work(args):
     """Samples with one variant; leaves its pictures in args.pictures and prints its times and peak memory as JSON."""
-    args.device = pick_device(args.device)
     name, precision = args.worker.split()
     sample, network = {"plain": plain, "diffusers": diffusers}[name](args) if name != "ours" else ours(args, precision)
     noises = list(noise_stream(0, range(args.count), (3, args.size, args.size))())
@@ -190,7 +189,7 @@ def row(args, variant, result, x, reference, slowest):
 
 def describe(args):
     pictures = f"{args.count} of {args.size}x{args.size}, {args.steps} steps, channel {args.channel}"
-    return f"{describe_machine(pick_device(args.device))}; {pictures}"
+    return f"{describe_machine(args.device)}; {pictures}"
 
 
 # ------------------------------------------------------------------------ the quality of networks
@@ -250,17 +249,17 @@ def remaining_noise(images):
 
 @cli
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     option = parser.add_argument
     option("--unet", help="a network's weights (default: random ones of width --channel)")
-    option("--channel", type=int, default=128, help="the course's: 128")
-    option("--size", type=int, default=256)
-    option("--count", type=int, default=1, help="how many pictures")
-    option("--steps", type=int, default=50)
+    option("--channel", type=whole(1, 512), default=128, help="the course's: 128")
+    option("--size", type=whole(32, 2048, 32), default=256)
+    option("--count", type=whole(), default=1, help="how many pictures")
+    option("--steps", type=whole(1, 500), default=50)
     option("--only", action="append", choices=[*VARIANTS, "ours fp16"], help="these variants (fp16 needs a GPU)")
     option("--quality", nargs="+", metavar="UNET", help="the table of quality instead, of these networks")
     option("--data", default="hw2_data/face/photos", help="folder of real pictures for --quality")
-    option("--device", default="auto")
+    option("--device", type=pick_device, default="auto")
     add_out_option(parser)
     option("--worker", help=argparse.SUPPRESS)
     option("--pictures", help=argparse.SUPPRESS)

@@ -26,7 +26,7 @@ import torch
 from ldm.util import CONFIGS, instantiate_from_config, load_model, read_config
 from omegaconf import OmegaConf
 
-from utils import Parser, UserError, cli, load_checkpoint, pick_device, reuse_freed_memory
+from utils import Parser, UserError, cli, load_checkpoint, pick_device, reuse_freed_memory, whole
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TINY = {
@@ -145,20 +145,20 @@ def rows(results, exact):
     return lines
 
 
-def parse_args():
+def parse_args(argv):
     parser = Parser(__doc__)
     option = parser.add_argument
     option("--tiny", action="store_true", help="a small network, and 64 pixels")
-    option("--size", type=int, help="side of the picture (default: 512)")
+    option("--size", type=whole(64, 2048, 64), help="side of the picture (default: 512)")
     option("--precision", nargs="+", choices=list(DTYPES), help="default: fp32 bf16; on a GPU fp32 fp16")
     option("--who", nargs="+", choices=list(WHO), help="default: all that are installed")
-    option("--repeats", type=int, default=3, help="timed calls, of which the median counts (default: 3)")
-    option("--threads", type=int, default=0, help="of torch on the CPU (default: torch's choice)")
+    option("--repeats", type=whole(), default=3, help="timed calls, of which the median counts (default: 3)")
+    option("--threads", type=whole(0), default=0, help="of torch on the CPU (default: torch's choice)")
     option("--device", default="auto")
     option("--work", help="folder for the checkpoint, kept and used again (default: a temporary one)")
     table.add_out_option(parser)
     option("--worker", nargs=3, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def run_worker(opt, who, precision, ckpt):
@@ -168,8 +168,8 @@ def run_worker(opt, who, precision, ckpt):
 
 
 @cli
-def main():
-    opt = parse_args()
+def main(argv=None):
+    opt = parse_args(argv)
     opt.size = opt.size or (64 if opt.tiny else 512)
     opt.device = str(pick_device(opt.device))
     if opt.worker:

@@ -12,7 +12,6 @@ brackets the mean of the last epoch's.
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import statistics
 import subprocess
@@ -23,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from table import add_out_option, describe_machine, save_table
 
 from p4_losses import label_free_score
-from utils import UserError, cli, load_checkpoint, output_folder, pick_device
+from utils import SEED, Parser, UserError, cli, load_checkpoint, output_folder, pick_device
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TARGETS = {"svhn": "MNIST-M to SVHN", "usps": "MNIST-M to USPS"}
@@ -49,7 +48,8 @@ def trained(args, target, mode, seed):
     out = pathlib.Path(args.runs) / f"{target}_{mode}_{seed}"
     if not finished(out):
         command = [sys.executable, str(ROOT / "p4_train.py"), "--data", args.data, "--out", str(out)]
-        command += ["--target", target, *MODES[mode][1], "--seed", str(seed), "--device", args.device, *args.options]
+        command += ["--target", target, *MODES[mode][1], "--seed", str(seed), "--device", str(args.device)]
+        command += args.options
         if "--refine" in command:
             start = "dann-plain" if "--plain" in command else "dann"
             trained(args, target, start, seed)
@@ -90,7 +90,7 @@ def row(args, mode):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     option = parser.add_argument
     option("--data", default="hw2_data/digits")
     option("--runs", default="runs/p4", help="folder of the runs, {target}_{mode}_{seed} (default: runs/p4)")
@@ -102,8 +102,8 @@ def parse(argv):
         default=["source", "dann", "refined", "target"],
         help="rows (default: source dann refined target)",
     )
-    option("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    option("--device", default="auto")
+    option("--seeds", nargs="+", type=SEED, default=[0, 1, 2])
+    option("--device", type=pick_device, default="auto")
     add_out_option(parser)
     option("options", nargs="*", metavar="-- OPTIONS", help="for p4_train.py")
     return parser.parse_args(argv)
@@ -120,7 +120,7 @@ def main(argv=None):
     ]
     options = f", {' '.join(args.options)}" if args.options else ""
     lines = [
-        f"{describe_machine(pick_device(args.device))}; {len(args.seeds)} seeds{options}",
+        f"{describe_machine(args.device)}; {len(args.seeds)} seeds{options}",
         "",
         f"| training | {' | '.join(titles)} |",
         "|---" * (1 + len(titles)) + "|",

@@ -36,7 +36,18 @@ from p3_clip import best_fifth, image_scores, load_clip, text_scores
 from p3_concepts import image_files, read_concepts
 from p3_invert import kind_of
 from p3_pictures import Pictures
-from utils import Parser, add_device_options, cli, image_grid, open_image, output_folder, pick_precision, save_png
+from utils import (
+    Parser,
+    add_device_options,
+    cli,
+    image_grid,
+    open_image,
+    output_folder,
+    pick_precision,
+    real,
+    save_png,
+    whole,
+)
 
 CHECKPOINTS = ROOT / "checkpoints"
 
@@ -159,16 +170,18 @@ def parse(argv):
     option("--data", default="runs/emoji", help="folder of emoji.npz and emoji.json")
     option("--ckpt", default=str(CHECKPOINTS / "tiny.ckpt"))
     option("--clip", default=str(CHECKPOINTS / "tiny_clip.pt"))
-    option("--count", type=int, default=200)
-    option("--steps", type=int, default=25)
-    option("--scales", type=float, nargs="+", default=[1.0, 2.0, 4.0, 7.5])
+    option("--count", type=whole(), default=200)
+    option("--steps", type=whole(1, 1000), default=25)
+    option("--scales", type=real(-100, 100), nargs="+", default=[1.0, 2.0, 4.0, 7.5])
     option("--no-fid", action="store_true")
     add_out_option(parser)
     option("--picture", metavar="FILE", help="real pictures above generated ones, at the third scale or the last")
     option("--zeroshot", metavar="DIR", help="only writes the held-back pictures for p3_clip_zeroshot.py")
     option("--inversion", metavar="JSON", help="the concepts of a JSON: plain words beside learned tokens")
     option("--readable", metavar="DIR", help="only lists the subjects that the small CLIP reads in the held-back style")
-    option("--draws", type=int, default=4, help="of 25 pictures a prompt, for --inversion; the grader sees the first")
+    option(
+        "--draws", type=whole(), default=4, help="of 25 pictures a prompt, for --inversion; the grader sees the first"
+    )
     add_device_options(parser)
     return parser.parse_args(argv)
 

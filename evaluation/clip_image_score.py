@@ -5,7 +5,6 @@ python3 evaluation/clip_image_score.py --input_dir hw2_data/textual_inversion/0 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import pathlib
 import sys
@@ -14,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from p3_clip import image_scores, load_clip  # noqa: E402
 from p3_concepts import image_files  # noqa: E402
-from utils import cli, pick_device  # noqa: E402
+from utils import Parser, cli, pick_device  # noqa: E402
 
 load_clip = functools.lru_cache(maxsize=1)(load_clip)  # the course's graders call the function once a prompt
 
@@ -26,13 +25,13 @@ def calculate_clip_image_scores_folder(folder_path, reference_folder, clip="ViT-
 
 
 @cli
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument("--input_dir", required=True, help="the source images")
     parser.add_argument("--output_dir", required=True, help="the generated images")
     parser.add_argument("--clip", default="ViT-B/32", help="OpenAI or hub name, folder, or file in OpenAI's format")
-    parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
+    parser.add_argument("--device", type=pick_device, default="auto")
+    args = parser.parse_args(argv)
     files, sources = image_files(args.output_dir), image_files(args.input_dir)
     scores = calculate_clip_image_scores_folder(args.output_dir, args.input_dir, args.clip, args.device)
     for file, score in zip(files, scores):

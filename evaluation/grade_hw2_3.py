@@ -9,7 +9,6 @@ The five with the largest image + 2.5 * text are averaged; both averages must re
 
 from __future__ import annotations
 
-import argparse
 import os
 import pathlib
 import sys
@@ -18,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from p3_clip import best_fifth, fifth, image_scores, load_clip, text_scores  # noqa: E402
 from p3_concepts import GRADED_TYPES, image_files, read_concepts  # noqa: E402
-from utils import UserError, cli, output_file, pick_device, save_json  # noqa: E402
+from utils import Parser, UserError, cli, output_file, pick_device, save_json  # noqa: E402
 
 PICTURES = 25
 
@@ -73,20 +72,20 @@ def course_lines(image, text, baseline, good):
 
 
 @cli
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = Parser(__doc__)
     parser.add_argument("--json_path", required=True, help="the JSON with prompts and baselines")
     parser.add_argument("--input_dir", required=True, help="the folder with the source images, one subfolder a concept")
     parser.add_argument("--output_dir", required=True, help="what hw2_3.sh wrote")
     parser.add_argument("--clip", default="ViT-B/32", help="OpenAI or hub name, folder, or file in OpenAI's format")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="also writes every picture's scores there")
-    parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
+    parser.add_argument("--device", type=pick_device, default="auto")
+    args = parser.parse_args(argv)
     concepts = read_concepts(args.json_path)
     for concept in concepts:
         if not concept.eval_prompts:
             raise UserError(f'{args.json_path}: entry "{concept.key}" needs the key "prompt_4_clip_eval" to be graded')
-    clip = load_clip(args.clip, pick_device(args.device))
+    clip = load_clip(args.clip, args.device)
     results = list(grade(concepts, pathlib.Path(args.input_dir), pathlib.Path(args.output_dir), clip))
     passed, total = sum(result["passed"] for result in results), len(results)
     print(f"You have passed {passed}/{total} cases")

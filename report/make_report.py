@@ -10,7 +10,6 @@ that ship. Numbers that need trainings of hours (p4) resume what is in runs/.
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 import shutil
@@ -22,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from PIL import Image  # noqa: E402
 
-from utils import UserError, atomic, cli, output_folder, save_json  # noqa: E402
+from utils import Parser, UserError, atomic, cli, output_folder, save_json  # noqa: E402
 
 HERE = ROOT / "report"
 FIGURES, NUMBERS, WORK = HERE / "figures", HERE / "numbers", ROOT / "runs/report"
@@ -121,7 +120,7 @@ def main(argv=None):
     def path(text):
         return pathlib.Path(text).resolve()  # the commands run in the repository
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--out", default=str(ROOT / "hw2_report.pdf"))
     parser.add_argument("--remake", nargs="+", choices=list(PARTS), default=[], help="make these anew")
     parser.add_argument("--data", type=path, default=ROOT / "hw2_data", help="the course's data")

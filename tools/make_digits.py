@@ -14,8 +14,6 @@ train_32x32.mat, usps.bz2 and usps.t.bz2, and anywhere under it the *.jpg of BSD
 
 from __future__ import annotations
 
-import argparse
-import csv
 import os
 import pathlib
 import shutil
@@ -27,11 +25,12 @@ import zipfile
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import pandas
 from PIL import Image
 from torchvision.datasets import MNIST, SVHN, USPS
 from tqdm import tqdm
 
-from utils import UserError, atomic, cli, output_folder
+from utils import SEED, Parser, UserError, cli, open_image, output_folder
 
 BSDS500 = "https://codeload.github.com/BIDS/BSDS500/zip/refs/heads/master"  # its authors' files, unchanged
 SIZE = 28
@@ -102,11 +101,7 @@ def unpack_photographs(archive, folder):
 
 
 def read_photograph(path):
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except Exception as e:  # Pillow raises many kinds for damaged files
-        raise UserError(f"{path}: not a readable picture ({e}); fetch it again") from None
+    pixels = np.asarray(open_image(path, "fetch it again", upright=False))
     if min(pixels.shape[:2]) < SIZE:
         raise UserError(f"{path}: smaller than {SIZE}x{SIZE} pixels; it is no photograph of BSDS500")
     return pixels
@@ -160,21 +155,20 @@ def write_domain(folder, pictures, labels, trained):
     names = [f"{i:05d}.png" for i in range(len(labels))]
     for name, picture in tqdm(zip(names, pictures), total=len(names), desc=folder.name, unit="picture"):
         Image.fromarray(picture).save(temporary / "data" / name)
-    rows = list(zip(names, labels))
-    for file, part in (("train.csv", rows[:trained]), ("val.csv", rows[trained:])):
-        if part:
-            with atomic(temporary / file) as path, open(path, "w", newline="") as f:
-                csv.writer(f, lineterminator="\n").writerows([("image_name", "label"), *part])
+    table = pandas.DataFrame({"image_name": names, "label": labels})
+    for file, part in (("train.csv", table[:trained]), ("val.csv", table[trained:])):
+        if len(part):
+            part.to_csv(temporary / file, index=False)
     os.replace(temporary, folder)
 
 
 @cli
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("dest", metavar="DEST", help="folder that gets mnistm/, svhn/ and usps/")
     parser.add_argument("--source", metavar="DIR", help="take the files from there (default: fetch them to DEST/raw)")
     parser.add_argument("--only", nargs="+", choices=list(DOMAINS), default=list(DOMAINS), help="these domains")
-    parser.add_argument("--seed", type=int, default=0, help="of the patches behind MNIST-M (default: 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the patches behind MNIST-M (default: 0)")
     args = parser.parse_args(argv)
     if args.source and not pathlib.Path(args.source).is_dir():
         raise UserError(f"{args.source}: no such folder; --source names the folder of the files at hand")

@@ -25,7 +25,6 @@ hashes, never on an order:
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -42,7 +41,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from utils import UserError, atomic, cli, output_folder, save_png  # noqa: E402
+from utils import Parser, UserError, atomic, cli, output_folder, save_png  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 SIZE = 64
@@ -215,7 +214,7 @@ def write_concepts(folder, subjects, pictures, vendors):
 
 @cli
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("dest", metavar="DEST")
     parser.add_argument("--source", metavar="DIR", help="folder of the packages' archives (default: DEST/packages)")
     parser.add_argument("--concepts", metavar="DIR", help="also write pictures of <new1> and <new2>: DIR/0, DIR/1")

@@ -8,7 +8,9 @@ Writes OUTDIR/samples/00000.png ... and OUTDIR/grid-0000.png. Picture i has the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pathlib
+import signal
 import sys
 
 import numpy as np
@@ -28,37 +30,75 @@ from ldm.util import ModelError, cpu_has_fast_bf16, load_model, noise_stream, re
 CKPT = "models/ldm/stable-diffusion-v1/model.ckpt", "ldm/models/stable-diffusion-v1/model.ckpt"  # places under ROOT
 
 
+class Parser(argparse.ArgumentParser):
+    """A mistake is one line that names the option."""
+
+    def error(self, message):
+        raise ModelError(message)
+
+
+def number(kind, low, high):
+    """`type` of an option: a whole or finite number from `low` to `high`."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"take a {'whole ' * (kind is int)}number, {low} to {high}, not {text[:40]!r}")
+
+    return parse
+
+
+def device(text):
+    """`type` of an option: a device that is here, and computes."""
+    try:
+        float(torch.ones(1, device=text) + 1)
+    except Exception:  # each kind of device has errors of its own
+        raise argparse.ArgumentTypeError(f"{text}: no such device here; take cpu") from None
+    return text
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--prompt", default="a painting of a virus monster playing guitar")
     add("--from-file", help="a text file of prompts, one a line, each used once an iteration")
     add("--outdir", default="outputs/txt2img-samples")
     add("--skip_grid", action="store_true", help="no picture of all pictures")
     add("--skip_save", action="store_true", help="no single pictures")
-    add("--ddim_steps", type=int, default=50, help="sampling steps, of either sampler (default: 50)")
-    add("--ddim_eta", type=float, default=0.0, help="0 is deterministic; more makes DDIM the sampler (default: 0)")
+    add("--ddim_steps", type=number(int, 1, 1000), default=50, help="sampling steps, of either sampler (default: 50)")
+    add(
+        "--ddim_eta",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="0 is deterministic; more makes DDIM the sampler (default: 0)",
+    )
     add("--sampler", choices=["dpm", "ddim"], default="dpm", help="DPM-Solver++(2M) or DDIM (default: dpm)")
     add("--fixed_code", action="store_true", help="the same starting noises in every iteration")
-    add("--n_iter", type=int, default=2, help="iterations (default: 2)")
-    add("--H", type=int, default=512, help="height in pixels, a multiple of 64 (default: 512)")
-    add("--W", type=int, default=512, help="width in pixels, a multiple of 64 (default: 512)")
-    add("--C", type=int, default=4, help="latent channels (default: 4)")
-    add("--f", type=int, default=8, help="pixels a latent pixel (default: 8)")
-    add("--n_samples", type=int, default=3, help="batch size: pictures of a prompt an iteration (default: 3)")
-    add("--n_rows", type=int, default=0, help="columns of the grid (default: n_samples)")
-    add("--scale", type=float, default=7.5, help="guidance scale (default: 7.5)")
+    add("--n_iter", type=number(int, 1, 1000000), default=2, help="iterations (default: 2)")
+    add("--H", type=number(int, 64, 4096), default=512, help="height in pixels, a multiple of 64 (default: 512)")
+    add("--W", type=number(int, 64, 4096), default=512, help="width in pixels, a multiple of 64 (default: 512)")
+    add("--C", type=number(int, 1, 64), default=4, help="latent channels (default: 4)")
+    add("--f", type=number(int, 1, 64), default=8, help="pixels a latent pixel (default: 8)")
+    add(
+        "--n_samples",
+        type=number(int, 1, 1000),
+        default=3,
+        help="batch size: pictures of a prompt an iteration (default: 3)",
+    )
+    add("--n_rows", type=number(int, 0, 1000), default=0, help="columns of the grid (default: n_samples)")
+    add("--scale", type=number(float, -100, 100), default=7.5, help="guidance scale (default: 7.5)")
     add("--config", help="the model's YAML (default: the one that the checkpoint names, else v1-inference.yaml)")
     add("--ckpt", help=f"checkpoint, .ckpt or .safetensors (default: {' or '.join(CKPT)})")
     add("--embedding_path", nargs="*", default=[], help="files of learned embeddings for placeholders in prompts")
-    add("--seed", type=int, default=42)
+    add("--seed", type=number(int, 0, 4294967295), default=42)
     add(
         "--precision",
         choices=["full", "autocast"],
         default="autocast",
         help="autocast: half precision on a GPU, bfloat16 on a CPU that multiplies it fast; full: float32",
     )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
 
@@ -72,7 +112,10 @@ def batches(opt):
     """Prompts of each batch of one iteration."""
     if opt.from_file is None:
         return [[opt.prompt] * opt.n_samples]
-    prompts = [p for p in pathlib.Path(opt.from_file).read_text(encoding="utf-8").splitlines() if p.strip()]
+    try:
+        prompts = [p for p in pathlib.Path(opt.from_file).read_text(encoding="utf-8").splitlines() if p.strip()]
+    except UnicodeDecodeError as e:
+        raise ModelError(f"{opt.from_file}: not a text in UTF-8 ({e}); write it anew") from None
     if not prompts:
         raise ModelError(f"{opt.from_file}: holds no prompt")
     return [prompts[i : i + opt.n_samples] for i in range(0, len(prompts), opt.n_samples)]
@@ -83,11 +126,6 @@ def check(opt):
     step = 8 * opt.f
     if opt.H < step or opt.W < step or opt.H % step or opt.W % step:
         raise ModelError(f"--H {opt.H} --W {opt.W}: take multiples of {step}")
-    for name in ("ddim_steps", "n_iter", "n_samples"):
-        if getattr(opt, name) < 1:
-            raise ModelError(f"--{name} {getattr(opt, name)}: take 1 or more")
-    if opt.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"--device {opt.device}: this machine has no CUDA device; take --device cpu")
     if opt.ckpt is None:
         opt.ckpt = next((ROOT / p for p in CKPT if (ROOT / p).is_file()), None)
     if opt.ckpt is None or not pathlib.Path(opt.ckpt).is_file():
@@ -113,7 +151,7 @@ def save(image, path):
 def next_number(folder, prefix=""):
     """One more than the largest number among prefix00000.png ... in the folder: nothing is written over."""
     numbers = [p.stem[len(prefix) :] for p in folder.glob(f"{prefix}*.png")]
-    return max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
+    return max((int(n) + 1 for n in numbers if n.isdecimal()), default=0)
 
 
 def grid(images, columns):
@@ -155,21 +193,22 @@ def run(opt):
     check(opt)
     batches(opt)
     samples = pathlib.Path(opt.outdir) / "samples"
-    samples.mkdir(parents=True, exist_ok=True)
     model = load_model(opt.config, opt.ckpt, opt.device, pick_dtype(opt.precision, opt.device))
+    for option, own in (("C", model.channels), ("f", model.first_stage_model.factor)):
+        if getattr(opt, option) != own:
+            raise ModelError(f"--{option} {getattr(opt, option)}: this model has {own}; take --{option} {own}")
     reuse_freed_memory()
     tokens = LearnedTokens(model.cond_stage_model)
     for path in opt.embedding_path:
         print(f"{path}: {', '.join(tokens.load(path))}")
-    mark, images, number = watermarker(), [], next_number(samples)
-    first = number
+    samples.mkdir(parents=True, exist_ok=True)
+    mark, images, first = watermarker(), [], next_number(samples)
     for image in generate(model, opt):
         image = mark(image)
         images.append(image)
         if not opt.skip_save:
-            save(image, samples / f"{number:05}.png")
-            number += 1
-    written = [f"{number - first} pictures to {samples}"] if not opt.skip_save else []
+            save(image, samples / f"{first + len(images) - 1:05}.png")
+    written = [f"{len(images)} pictures to {samples}"] if not opt.skip_save else []
     if not opt.skip_grid:
         path = samples.parent / f"grid-{next_number(samples.parent, 'grid-'):04}.png"
         save(grid(images, opt.n_rows or opt.n_samples), path)
@@ -178,12 +217,31 @@ def run(opt):
 
 
 def main(argv=None):
+    """One line and exit code 2 for what the user can mend, 130 for Ctrl-C, 143 for SIGTERM."""
+    code = 130
+
+    def terminate(*_):
+        nonlocal code
+        code = 143
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        run(parse_args(argv))
+        return run(parse_args(argv))
+    except KeyboardInterrupt:
+        print("interrupted; the same line starts anew, and writes over no picture", file=sys.stderr)
+        raise SystemExit(code) from None
     except (ModelError, OSError) as e:
         message = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not ("allocate memory" in str(e) or "out of memory" in str(e)):
+            raise
+        message = f"too little memory ({str(e)[:150]}); take smaller --n_samples, --H and --W"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":
