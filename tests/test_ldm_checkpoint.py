@@ -315,8 +315,7 @@ def test_names_of_python_and_numpy_are_only_names(tmp_path):
     forged = b"cnumpy\ndtype\n(X\2\0\0\0O8K\0K\1tR(K\3X\1\0\0\0|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
     scalar = b"cnumpy.core.multiarray\nscalar\n(" + forged + b"C\x08AAAAAAAAtR"
     assert isinstance(read_checkpoint(write(tmp_path / "numpy.pt", one(scalar)))["x"], Inert)
-    encode = b"c_codecs\nencode\n("
-    nest = encode * 20 + b"X\1\0\0\0a" + b"X\6\0\0\0utf-32tR" * 20
+    nest = b"c_codecs\nencode\n(" * 30 + b"C\1a" + b"X\3\0\0\0hextR" * 30
     assert isinstance(read_checkpoint(write(tmp_path / "nest.pt", one(nest)))["x"], Inert)
 
 

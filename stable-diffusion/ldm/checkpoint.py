@@ -271,10 +271,9 @@ def _attributes(module):
         if id(module) in seen or not isinstance(module.state, dict) or len(prefix) > 1000:
             continue
         seen.add(id(module))
-        todo += [(f"{prefix}{k}.", v) for k, v in module.state.items() if isinstance(v, Inert)]
-        tensors.update(
-            {f"{prefix}{k}": v for k, v in module.state.items() if isinstance(v, (StoredTensor, torch.Tensor))}
-        )
+        inner = {f"{prefix}{k}": v for k, v in module.state.items() if isinstance(k, str) and len(k) < 100}
+        todo += [(f"{k}.", v) for k, v in inner.items() if isinstance(v, Inert)]
+        tensors.update({k: v for k, v in inner.items() if isinstance(v, (StoredTensor, torch.Tensor))})
     return tensors
 
 
