@@ -39,6 +39,7 @@ from utils import (  # noqa: E402
 )
 
 FEWEST_STEPS = 8  # below this DPM-Solver++ pictures fall apart
+FAST = 0.55  # of the time of a step, with --fast
 MANIFEST = ".manifest.json"
 
 
@@ -55,11 +56,12 @@ class Settings(NamedTuple):
     seed: int
     precision: str
     weights: str  # p3_model.weights_id
+    fast: bool
 
 
-def recipe_id(settings, tokens, prompt, index, steps):
+def recipe_id(settings, tokens, prompt, index):
     """Sixteen hexadecimal digits that no picture of another prompt, number, model, embedding or setting has."""
-    parts = [*settings._replace(images=0, steps=steps), prompt, index, p3_model.embedding_id(tokens, prompt)]
+    parts = [*settings._replace(images=0), prompt, index, p3_model.embedding_id(tokens, prompt)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -93,7 +95,7 @@ def plan(concepts, settings, tokens, out):
             sweep(folder, names)
             for i, name in enumerate(names):
                 path = f"{concept.key}/{p}/{name}"
-                wanted = recipe_id(settings, tokens, prompt, i, settings.steps)
+                wanted = recipe_id(settings, tokens, prompt, i)
                 if manifest.get(path) == wanted and (folder / name).is_file():
                     finished[path] = wanted
                 else:
@@ -122,7 +124,7 @@ def sweep(folder, wanted):
 
 
 class Clock:
-    """Chooses the steps of the next batch so that all pictures are done by the deadline (seconds of time.monotonic)."""
+    """Chooses how the next batch is made, so that all pictures are done by the deadline (seconds of time.monotonic)."""
 
     def __init__(self, deadline):
         self.deadline = deadline
@@ -140,25 +142,33 @@ class Clock:
         self.step = max(1e-9, (seconds[2] - seconds[1]) / 2)
         self.rest = max(0.0, seconds[1] - self.step)
 
-    def steps(self, wanted, pictures):
-        """`wanted`, or as many fewer as let `pictures` pictures meet the deadline, but FEWEST_STEPS at least."""
+    def settings(self, wanted, pictures):
+        """The wanted Settings, or those that let `pictures` pictures meet the deadline: fast, then also of fewer steps,
+        but FEWEST_STEPS at least."""
         if self.deadline is None or not self.step:
             return wanted
         affordable = ((self.deadline - time.monotonic()) / pictures - self.rest) / self.step
-        return min(wanted, max(FEWEST_STEPS, int(affordable)))
+        if affordable >= self.work(wanted):
+            return wanted
+        return wanted._replace(fast=True, steps=min(wanted.steps, max(FEWEST_STEPS, int(affordable / FAST))))
 
-    def learn(self, seconds, steps):
+    def work(self, settings):
+        """In steps of full work."""
+        return settings.steps * (FAST if settings.fast else 1)
+
+    def learn(self, seconds, settings):
         """Corrects the speed by that of the batch just made: seconds a picture."""
-        self.step = max(1e-9, (seconds - self.rest) / steps)
+        self.step = max(1e-9, (seconds - self.rest) / self.work(settings))
 
-    def needs(self, pictures, steps):
-        return pictures * (self.rest + steps * self.step)
+    def needs(self, pictures, settings):
+        return pictures * (self.rest + self.work(settings) * self.step)
 
 
-def generate(model, prompt, indices, steps, settings):
+def generate(model, prompt, indices, settings):
     """p3_model.generate in as many parts as memory asks for."""
+    how = settings.steps, settings.scale, settings.size, settings.seed, settings.fast
     try:
-        return p3_model.generate(model, prompt, indices, steps, settings.scale, settings.size, settings.seed)
+        return p3_model.generate(model, prompt, indices, *how)
     except RuntimeError as e:
         if "out of memory" not in str(e):
             raise
@@ -166,27 +176,27 @@ def generate(model, prompt, indices, steps, settings):
             raise UserError(f"--size {settings.size}: too little memory for one picture; take a smaller size") from None
     torch.cuda.empty_cache()
     half = len(indices) // 2
-    return torch.cat([generate(model, prompt, part, steps, settings) for part in (indices[:half], indices[half:])])
+    return torch.cat([generate(model, prompt, part, settings) for part in (indices[:half], indices[half:])])
 
 
 def make(model, tokens, todo, finished, settings, out, clock, batch):
-    """Makes and saves every picture of `todo`; returns the number of those that got fewer steps than wanted."""
+    """Makes and saves every picture of `todo`; returns the number of those that got less work than wanted."""
     left, lowered = sum(len(indices) for *_, indices in todo), 0
     bar = tqdm(total=left, unit="picture", desc="generate")
     for source, p, prompt, indices in todo:
         for part in (indices[i : i + batch] for i in range(0, len(indices), batch)):
-            steps = clock.steps(settings.steps, left)
-            if steps < settings.steps and not lowered:
-                minutes = clock.needs(left, steps) / 60
-                bar.write(f"time is short: {steps} steps instead of {settings.steps}; {minutes:.1f} minutes to go")
-            lowered += len(part) * (steps < settings.steps)
+            now = clock.settings(settings, left)
+            if now != settings and not lowered:
+                minutes = clock.needs(left, now) / 60
+                bar.write(f"time is short: --fast, {now.steps} of {settings.steps} steps; {minutes:.1f} minutes to go")
+            lowered += len(part) * (now != settings)
             begin = time.monotonic()
-            pictures = generate(model, prompt, part, steps, settings)
-            clock.learn((time.monotonic() - begin) / len(part), steps)
+            pictures = generate(model, prompt, part, now)
+            clock.learn((time.monotonic() - begin) / len(part), now)
             for i, picture in zip(part, pictures):
                 path = f"{source}/{p}/{file_name(source, p, i)}"
                 save_png(picture, out / path)
-                finished[path] = recipe_id(settings, tokens, prompt, i, steps)
+                finished[path] = recipe_id(now, tokens, prompt, i)
             write_manifest(finished, out / MANIFEST)
             left -= len(part)
             bar.update(len(part))
@@ -198,7 +208,7 @@ def sheet(model, prompt, settings, out, batch):
     """OUT/prompt.png: the pictures of one prompt, five a row."""
     parts = [range(settings.images)[i : i + batch] for i in range(0, settings.images, batch)]
     bar = tqdm(parts, unit="batch", desc="generate")
-    pictures = torch.cat([generate(model, prompt, part, settings.steps, settings) for part in bar])
+    pictures = torch.cat([generate(model, prompt, part, settings) for part in bar])
     save_png(image_grid(pictures, columns=min(5, settings.images)), out / "prompt.png")
 
 
@@ -222,8 +232,9 @@ def sources_of(missing, concepts, data, args):
     return jobs
 
 
-def train_missing(model, tokens, jobs, out, args, clock, pictures):
-    """Trains the tokens of `jobs` in the time that the pictures leave, at least two fifths of what there is."""
+def train_missing(model, tokens, jobs, out, args, clock, needed):
+    """Trains the tokens of `jobs` in the time that the pictures, which need so many seconds, leave: at least two fifths
+    of what there is."""
     from p3_invert import Inversion, Recipe  # only now: it brings clip and torchvision
 
     recipe = Recipe(steps=args.train_steps, size=args.size, seed=args.seed, preview_every=0)
@@ -232,7 +243,7 @@ def train_missing(model, tokens, jobs, out, args, clock, pictures):
         deadline = None
         if clock.deadline is not None:
             left = clock.deadline - time.monotonic()
-            deadline = time.monotonic() + max(left - clock.needs(pictures, args.steps), 0.4 * left) / (len(jobs) - n)
+            deadline = time.monotonic() + max(left - needed, 0.4 * left) / (len(jobs) - n)
         path = p3_model.embedding_path(out, concept.token)
         print(Inversion(model, tokens, concept, recipe, out / path.stem).run(files, path, deadline=deadline))
 
@@ -250,8 +261,9 @@ def arguments(argv):
     option("--images", type=whole(), default=25, help="pictures a prompt (default: 25, what the grader takes)")
     option("--steps", type=whole(1, 1000), default=25, help="DPM-Solver++ steps (default: 25)")
     option("--scale", type=real(-100, 100), default=7.5, help="guidance scale (default: 7.5)")
+    option("--fast", action="store_true", help="half the work a picture, at a small loss of quality")
     option("--batch-size", type=whole(), help="pictures at once (default: by free memory)")
-    option("--time-limit", type=real(positive=True), help="seconds for everything; steps are lowered to keep it")
+    option("--time-limit", type=real(positive=True), help="seconds for everything; --fast, then fewer steps keep it")
     option("--train-missing", action="store_true", help="train absent embeddings from JSON's folder")
     option("--train-steps", type=whole(), default=400, help="of --train-missing, at most")
     option("--prompt", help="draw this prompt instead of the JSON's, into OUT/prompt.png")
@@ -276,11 +288,16 @@ def main(argv=None):
 
     batch = args.batch_size or p3_model.fitting_batch(model, args.size)
     weights = p3_model.weights_id(model)
-    settings = Settings(args.images, args.steps, args.scale, args.size, args.seed, str(dtype), weights)
+    settings = Settings(args.images, args.steps, args.scale, args.size, args.seed, str(dtype), weights, args.fast)
     clock = Clock(START + args.time_limit if args.time_limit else None)
+
+    def measured(steps):
+        return generate(model, "", range(batch), settings._replace(steps=steps, fast=False))
+
     if jobs:
-        clock.start(lambda steps: generate(model, "", range(batch), steps, settings), batch)
-        train_missing(model, tokens, jobs, output_folder(out / ".embeddings"), args, clock, len(prompts) * args.images)
+        clock.start(measured, batch)
+        needed = clock.needs(len(prompts) * args.images, settings)
+        train_missing(model, tokens, jobs, output_folder(out / ".embeddings"), args, clock, needed)
     if args.prompt:
         sheet(model, args.prompt, settings, out, batch)
         print(f"wrote {args.images} pictures of {args.prompt!r} to {out / 'prompt.png'}")
@@ -288,13 +305,13 @@ def main(argv=None):
     todo, finished = plan(concepts, settings, tokens, out)
     there = len(finished)
     if todo:
-        clock.start(lambda steps: generate(model, "", range(batch), steps, settings), batch)
+        clock.start(measured, batch)
     try:
         lowered = make(model, tokens, todo, finished, settings, out, clock, batch)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; the same line goes on with the pictures that {out} lacks") from None
     if lowered:
-        print(f"{lowered} pictures have fewer than {args.steps} steps, for lack of time; run again to make them anew")
+        print(f"{lowered} pictures were made faster than asked, for lack of time; run again to make them anew")
     seconds = time.monotonic() - START
     print(f"wrote {len(finished) - there} pictures to {out} ({there} were there already) in {seconds:.0f} s")
 

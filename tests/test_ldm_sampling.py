@@ -131,7 +131,55 @@ def test_guidance_asks_for_both_conditionings_in_one_batch(model, texts):
     finally:
         del model.apply_model
     assert [n for n, _ in calls] == [4, 4, 2, 2]
-    assert torch.equal(calls[0][1], torch.cat([texts[1], texts[0]]))
+    assert torch.equal(calls[0][1].context, torch.cat([texts[1], texts[0]]))
+
+
+# --------------------------------------------------------------------------------------- what steps leave to the next
+
+
+def calls_of(modules, function):
+    """(result of function(), the batch sizes that each of the modules was called with meanwhile)."""
+    sizes = [[] for _ in modules]
+    hooks = [m.register_forward_hook(lambda _, x, y, seen=seen: seen.append(len(y))) for m, seen in zip(modules, sizes)]
+    try:
+        return function(), sizes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def sample(model, texts, **options):
+    noise = seeded_noise(3, range(2), (4, 8, 8))
+    guidance = {"unconditional_conditioning": texts[1], "unconditional_guidance_scale": 3.0}
+    return DPMSolverSampler(model).sample(
+        10, 2, [4, 8, 8], texts[0], verbose=False, noise=noise, **guidance, **options
+    )[0]
+
+
+def test_keys_and_values_of_the_prompt_are_computed_once_and_change_no_bit(model, texts, monkeypatch):
+    layers = [m.to_k for name, m in model.model.named_modules() if name.endswith("attn2")]
+    once, sizes = calls_of(layers, lambda: sample(model, texts))
+    monkeypatch.setattr(model, "remember", lambda cond, every: cond)
+    every_step, plain_sizes = calls_of(layers, lambda: sample(model, texts))
+    assert torch.equal(once, every_step)
+    assert all(s == [4] for s in sizes) and all(s == [4] * 10 for s in plain_sizes)
+
+
+def test_deep_features_used_again_at_the_same_place_change_no_bit(model, texts):
+    x, t, memory = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([9, 9]), None
+    memory = model.remember(texts[0], every=2)
+    middle = [model.model.diffusion_model.middle_block]
+    (first, again, third), sizes = calls_of(middle, lambda: [model.apply_model(x, t, memory) for _ in range(3)])
+    plain = model.apply_model(x, t, texts[0])
+    assert sizes == [[2, 2]] and all(torch.equal(plain, eps) for eps in (first, again, third))
+
+
+def test_fast_runs_the_deep_blocks_every_second_time_and_guides_only_early(model, texts):
+    network = model.model.diffusion_model
+    parts = [network.input_blocks[0], network.middle_block]
+    quick, sizes = calls_of(parts, lambda: sample(model, texts, fast=True))
+    assert sizes == [[4] * 6 + [2] * 4, [4] * 3 + [2] * 2]
+    assert torch.isfinite(quick).all() and not torch.equal(quick, sample(model, texts))
 
 
 def test_the_last_of_a_trajectory_is_the_sample(model, texts):

@@ -118,8 +118,8 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(monkeypatch):
         return torch.tensor(indices)
 
     monkeypatch.setattr(p3_model, "generate", generate)
-    settings = p3_infer.Settings(5, 2, 7.5, 64, 0, "fp32", "")
-    assert p3_infer.generate(None, "a dog", range(5), 2, settings).tolist() == [0, 1, 2, 3, 4]
+    settings = p3_infer.Settings(5, 2, 7.5, 64, 0, "fp32", "", False)
+    assert p3_infer.generate(None, "a dog", range(5), settings).tolist() == [0, 1, 2, 3, 4]
     assert made == [[0, 1], [2], [3, 4]]
 
     def none(*unused):
@@ -127,7 +127,7 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(monkeypatch):
 
     monkeypatch.setattr(p3_model, "generate", none)
     with pytest.raises(UserError, match="too little memory"):
-        p3_infer.generate(None, "a dog", range(5), 2, settings)
+        p3_infer.generate(None, "a dog", range(5), settings)
 
 
 def test_two_embedding_files_equal_one_file_with_both(files, embeddings, tmp_path):
@@ -272,18 +272,23 @@ def test_an_embedding_of_another_width_is_named(task, tmp_path, monkeypatch, cap
 # ------------------------------------------------------------------------------------------------ time
 
 
-def test_steps_are_lowered_to_meet_the_deadline_but_not_below_the_fewest(monkeypatch):
+def test_the_clock_takes_the_fast_mode_then_fewer_steps_but_not_below_the_fewest(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    clock = p3_infer.Clock(deadline=1100.0)
+    monkeypatch.setattr(p3_infer, "FAST", 0.5)
+    clock, wanted = p3_infer.Clock(deadline=1100.0), p3_infer.Settings(25, 25, 7.5, 64, 0, "fp32", "", False)
     clock.step, clock.rest = 0.1, 0.5  # seconds a picture: each step, and beside the steps
-    assert clock.steps(25, 20) == 25  # 20 x 3.0 s fit into 100 s
-    assert clock.steps(25, 50) == 15  # 2 s a picture are left: 0.5 + 15 x 0.1
-    assert clock.steps(25, 1000) == p3_infer.FEWEST_STEPS
-    assert p3_infer.Clock(None).steps(25, 1000) == 25
-    clock.learn(2.5, 10)  # a batch was slower: 0.2 s a step
-    assert clock.steps(25, 50) == 8
-    assert clock.needs(10, 5) == pytest.approx(10 * 1.5)
+    assert clock.settings(wanted, 20) == wanted  # 20 x 3.0 s fit into 100 s
+    assert clock.settings(wanted, 50) == wanted._replace(fast=True)  # 2 s a picture are left: 0.5 + 25 x 0.05 fit
+    assert clock.settings(wanted, 80) == wanted._replace(fast=True, steps=15)  # 1.25 s are left: 0.5 + 15 x 0.05
+    assert clock.settings(wanted._replace(fast=True), 80).steps == 15
+    assert clock.settings(wanted, 1000) == wanted._replace(fast=True, steps=p3_infer.FEWEST_STEPS)
+    assert p3_infer.Clock(None).settings(wanted, 1000) == wanted
+    clock.learn(2.5, wanted._replace(steps=10))  # a batch was slower: 0.2 s a step
+    assert clock.settings(wanted, 50).steps == 15
+    clock.learn(2.5, wanted._replace(steps=20, fast=True))
+    assert clock.step == pytest.approx(0.2)
+    assert clock.needs(10, wanted._replace(steps=5)) == pytest.approx(10 * 1.5)
 
 
 def test_the_clock_measures_steps_and_the_rest_apart(monkeypatch):
@@ -302,12 +307,21 @@ def test_pictures_of_lowered_steps_are_said_and_made_anew_when_there_is_time(tas
     task += ["--steps", 12, "--images", 1]
     assert run(monkeypatch, *task, "--time-limit", 0.001) == 0
     said = capsys.readouterr()
-    assert "4 pictures have fewer than 12 steps" in said.out
-    assert "time is short: 8 steps instead of 12" in said.err + said.out
+    assert "4 pictures were made faster than asked" in said.out
+    assert "time is short: --fast, 8 of 12 steps" in said.err + said.out
     hurried = contents(task[1])
     assert run(monkeypatch, *task) == 0
     assert "wrote 4 pictures" in capsys.readouterr().out
     assert all(hurried[p] != made for p, made in contents(task[1]).items())
+
+
+def test_fast_pictures_are_others_made_anew_on_a_later_run_without(task, monkeypatch, capsys):
+    task += ["--steps", 4, "--images", 1]
+    assert run(monkeypatch, *task, "--fast") == 0
+    fast = contents(task[1])
+    assert run(monkeypatch, *task) == 0
+    assert capsys.readouterr().out.count("wrote 4 pictures") == 2
+    assert all(fast[p] != made for p, made in contents(task[1]).items())
 
 
 # ------------------------------------------------------------------------------------------------ bad input

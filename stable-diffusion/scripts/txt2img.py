@@ -88,6 +88,7 @@ def parse_args(argv=None):
     )
     add("--n_rows", type=number(int, 0, 1000), default=0, help="columns of the grid (default: n_samples)")
     add("--scale", type=number(float, -100, 100), default=7.5, help="guidance scale (default: 7.5)")
+    add("--fast", action="store_true", help="half the work a picture: see ldm/models/diffusion/sampling.py")
     add("--config", help="the model's YAML (default: the one that the checkpoint names, else v1-inference.yaml)")
     add("--ckpt", help=f"checkpoint, .ckpt or .safetensors (default: {' or '.join(CKPT)})")
     add("--embedding_path", nargs="*", default=[], help="files of learned embeddings for placeholders in prompts")
@@ -182,6 +183,7 @@ def generate(model, opt):
                 unconditional_conditioning=uc,
                 eta=opt.ddim_eta,
                 noise=noise,
+                fast=opt.fast,
             )
             for latent in latents.split(1):
                 image = ((model.decode_first_stage(latent) + 1) / 2).clamp(0, 1)[0]

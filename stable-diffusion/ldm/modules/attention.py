@@ -29,6 +29,15 @@ def named(**layers):
     return nn.Sequential(OrderedDict(layers))
 
 
+class Memory:
+    """A conditioning [B, M, C] and what the network keeps of it from one step of sampling to the next, in place of a
+    context: the keys and values of each layer, and the deep features that all but every `every`th call use again."""
+
+    def __init__(self, context, every=1):
+        self.context, self.every = context, every
+        self.keys, self.calls, self.deep = {}, 0, None
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention of x [B, N, C] to context [B, M, context_dim], or to x itself where there is none."""
 
@@ -39,10 +48,19 @@ class CrossAttention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(c, inner, bias=False) for c in widths)
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
 
+    def split(self, *ys):
+        return [y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in ys]  # [B, heads, N or M, dim_head]
+
+    def keys_and_values(self, context):
+        """Of a tensor [B, M, context_dim], or of a Memory, where they are computed once."""
+        if not isinstance(context, Memory):
+            return self.split(self.to_k(context), self.to_v(context))
+        if self not in context.keys:
+            context.keys[self] = self.keys_and_values(context.context)
+        return context.keys[self]
+
     def forward(self, x, context=None):
-        context = x if context is None else context
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [B, heads, N or M, dim_head]
+        (q,), (k, v) = self.split(self.to_q(x)), self.keys_and_values(x if context is None else context)
         return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))
 
 

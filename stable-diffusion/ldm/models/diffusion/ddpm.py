@@ -8,6 +8,7 @@ from torch import nn
 
 from ldm.compat import TrainingNames
 from ldm.models.diffusion.sampling import as_tensor
+from ldm.modules.attention import Memory
 from ldm.util import instantiate_from_config
 
 # Entries of CompVis's configs: what they are by default, those that may be nothing else, and those on training the
@@ -143,8 +144,15 @@ class LatentDiffusion(TrainingNames, nn.Module):
         a, s = (c[t][:, None, None, None] for c in (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod))
         return (a * x_start + s * noise).to(x_start.dtype)
 
+    def remember(self, cond, every=1):
+        """A conditioning [B, 77, C] as the Memory of one sampling run, whose batch it has."""
+        return Memory(cond.to(self.dtype), every)
+
     def apply_model(self, x_noisy, t, cond):
-        """eps predicted from x_t, t [B] (may be fractions) and cond: a tensor, a list, or {"c_crossattn": list}."""
+        """eps predicted from x_t, t [B] (may be fractions) and cond: a tensor, a list, {"c_crossattn": list}, or what
+        `remember` made of one."""
+        if isinstance(cond, Memory):
+            return self.model.diffusion_model(x_noisy.to(self.dtype), t, cond).to(x_noisy.dtype)
         return self.model(x_noisy.to(self.dtype), t, [as_tensor(cond).to(self.dtype)]).to(x_noisy.dtype)
 
     def p_losses(self, x_start, cond, t, noise=None):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.modules.attention import SpatialTransformer, named
+from ldm.modules.attention import Memory, SpatialTransformer, named
 from ldm.modules.diffusionmodules.model import conv3, upsample
 
 
@@ -56,11 +56,15 @@ OPTIONS = {  # entries of CompVis's configs, and what they are by default
 # fmt: on
 
 
+OUTER = 2  # blocks of either side that run at every step
+
+
 class UNetModel(nn.Module):
     """eps(x_t, t, prompt): x [B, in_channels, H, W], timesteps [B], context [B, M, context_dim] -> eps, as x.
 
-    H and W are multiples of 2^(levels - 1). `use_checkpoint` recomputes activations in the backward pass instead of
-    keeping them; without gradients it has no effect. `options`: see OPTIONS.
+    H and W are multiples of 2^(levels - 1). A Memory may be the context, and have deep features used again (DeepCache,
+    Ma et al. 2024): then only the OUTER outermost blocks of each side run. `use_checkpoint` recomputes activations in
+    the backward pass instead of keeping them; without gradients it has no effect. `options`: see OPTIONS.
     """
 
     def __init__(
@@ -123,11 +127,18 @@ class UNetModel(nn.Module):
             return block(h, emb, context)
 
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
+        memory = context if isinstance(context, Memory) else Memory(None)
+        again = memory.calls % memory.every > 0
         skips, h = [], x
-        for block in self.input_blocks:
+        for block in self.input_blocks[: OUTER if again else None]:
             h = run(block, h)
             skips.append(h)
-        h = run(self.middle_block, h)
-        for block in self.output_blocks:
+        if not again:
+            h = run(self.middle_block, h)
+            for block in self.output_blocks[:-OUTER]:
+                h = run(block, torch.cat([h, skips.pop()], dim=1))
+            memory.deep = h
+        memory.calls, h = memory.calls + 1, memory.deep
+        for block in self.output_blocks[-OUTER:]:
             h = run(block, torch.cat([h, skips.pop()], dim=1))
         return self.out(h)
