@@ -149,7 +149,7 @@ def calls_of(modules, function):
 
 
 def sample(model, texts, **options):
-    noise = seeded_noise(3, range(2), (4, 8, 8))
+    noise = noise_stream(3, range(2), (4, 8, 8))
     guidance = {"unconditional_conditioning": texts[1], "unconditional_guidance_scale": 3.0}
     return DPMSolverSampler(model).sample(
         10, 2, [4, 8, 8], texts[0], verbose=False, noise=noise, **guidance, **options
