@@ -13,7 +13,6 @@ import importlib
 import pathlib
 
 import torch
-from torch import nn
 
 from ldm import ModelError
 from ldm.checkpoint import load_weights, read_checkpoint, read_state_dict
@@ -85,14 +84,14 @@ def load_model(config, ckpt, device="cpu", dtype=torch.float32):
 @contextlib.contextmanager
 def uninitialised():
     """Layers built inside are left as the allocator gives them: no time spent, no page touched before weights come."""
-    before = {layer: layer.reset_parameters for layer in (nn.Linear, nn.Conv2d)}
+    fills = ("normal_", "uniform_")
     try:
-        for layer in before:
-            layer.reset_parameters = lambda self: None
+        for name in fills:
+            setattr(torch.Tensor, name, lambda self, *args, **kwargs: self)
         yield
     finally:
-        for layer, method in before.items():
-            layer.reset_parameters = method
+        for name in fills:
+            delattr(torch.Tensor, name)  # the method of the class below it
 
 
 def free_memory(device):
