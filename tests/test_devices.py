@@ -361,8 +361,8 @@ def test_a_classifier_in_fp16_is_trained_with_scaled_gradients(data, tmp_path, m
     def scaler(device, dtype):
         return scaled.append(dtype) or Scaler()
 
-    monkeypatch.setattr(digit_classifier, "grad_scaler", scaler)
-    monkeypatch.setattr(digit_classifier, "autocast", lambda device, dtype: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(utils, "grad_scaler", scaler)
+    monkeypatch.setattr(utils, "autocast", lambda device, dtype: torch.autocast("cpu", torch.bfloat16))
     args = {"data": data / "digits", "train": "mnistm", "batch_size": 32, "epochs": 1, "seed": 0, "out": tmp_path / "c"}
     digit_classifier.train(argparse.Namespace(**args), torch.device("cpu"), torch.float16)
     assert scaled[0] == torch.float16 and len(scaled) > 1

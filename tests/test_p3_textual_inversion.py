@@ -15,6 +15,7 @@ import p3_invert
 import p3_model
 import p3_textual_inversion
 from p3_invert import OBJECT_CAPTIONS, Examples, Inversion, Recipe
+from p3_model import read_embeddings
 from utils import UserError, load_checkpoint
 
 TINY = Recipe(steps=4, batch=2, save_every=2, preview_every=0, size=64, crops=2)
@@ -200,7 +201,7 @@ def test_the_lowest_loss_is_chosen_and_with_a_clip_the_best_score(model, tmp_pat
     tokens = training.tokens
     for step, loss in ((1, 0.5), (2, 0.3), (3, 0.4)):
         tokens["<new1>"].data.fill_(step)
-        tokens.save(tmp_path / f"step_{step:05d}.pt", step=step, scores={"held_back_loss": loss})
+        tokens.save(tmp_path / f"step_{step:05d}.safetensors", step=step, scores={"held_back_loss": loss})
     step, vectors, scores, why = training.choose([])
     assert step == 2 and float(vectors[0, 0]) == 2 and scores == {"held_back_loss": 0.3} and "eps loss" in why
 
@@ -299,7 +300,11 @@ def test_the_script_learns_all_concepts_and_chooses_by_a_clip(task, tmp_path, mo
     assert script(monkeypatch, *task, "--clip", tmp_path / "clip.pt", "--preview-every", 2) == 0
     said = capsys.readouterr().out.strip().splitlines()[-2:]
     for line, token, kind in zip(said, ("new1", "new2"), ("object", "style")):
-        assert line.startswith(f"<{token}> ({kind}): step") and "the grader's score" in line and f"{token}.pt" in line
+        assert (
+            line.startswith(f"<{token}> ({kind}): step")
+            and "the grader's score" in line
+            and f"{token}.safetensors" in line
+        )
         vectors, told = p3_model.read_embeddings(tmp_path / "out" / f"{token}.safetensors")
         assert vectors[f"<{token}>"].shape == (1, 32) and set(told["scores"]) == {"held_back_loss", "image", "text"}
         assert told["step"] in (1, 2) and told["base_model"]
@@ -315,7 +320,7 @@ def test_the_json_may_bring_captions_of_its_own(task, tmp_path, monkeypatch):
     monkeypatch.setattr(Inversion, "learn", lambda i, e, end: said.update({i.token: e.captions}) or learn(i, e, end))
     assert script(monkeypatch, *task, "--clip", "none", "--preview-every", 0) == 0
     assert said == {"<new1>": [("an emoji of {}",)] * 2, "<new2>": [p3_invert.STYLE_CAPTIONS] * 2}
-    starts = [load_checkpoint(tmp_path / f"out/new{n}.pt")["init_word"] for n in (1, 2)]
+    starts = [read_embeddings(tmp_path / f"out/new{n}.safetensors")[1]["init_word"] for n in (1, 2)]
     assert starts == ["cat", "David Revoy"]
 
 
@@ -370,4 +375,4 @@ def test_bad_input_is_one_line_and_code_2(task, tmp_path, monkeypatch, capsys, o
     assert script(monkeypatch, *task, "--clip", "none", *options) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert complaint in error[-1] and error[-1].startswith("error: ")
-    assert not list((tmp_path / "out").glob("*.pt"))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
