@@ -67,7 +67,8 @@ def generate(model, prompts, indices, steps=25, scale=7.5, size=None, seed=0, fa
     """Pictures uint8 [len(indices), 3, size, size] of one prompt, or of a list with one for each: DPM-Solver++(2M),
     guidance scale `scale`; `fast` does half the work (ldm's sampling.py says which).
 
-    Picture i starts from the noise of the seed `seed + i`, so that it is the same in any batch.
+    Picture i starts from the noise of the seed `seed + i`, the same in any batch but for rounding: float32
+    on CPUs with AMX may differ by one level of 255 with the size of the batch.
     """
     side = (size or own_size(model)) // model.first_stage_model.factor
     shape = [model.channels, side, side]

@@ -61,6 +61,7 @@ p1_infer.py | OUT --checkpoint IN/p1_deep_is_float.pt | its config has deep '64.
 p1_infer.py | OUT --checkpoint IN/p1_T_is_0.pt | its config has T '0'
 p1_infer.py | OUT --checkpoint IN/p1_schedule_is_list.pt | its config has schedule
 p1_infer.py | OUT --checkpoint IN/p1_objective_is_unknown.pt | its config has objective 'score'
+p1_infer.py | OUT --checkpoint IN/p1_steps_is_text.pt | its config has steps 'all'
 p1_infer.py | OUT --checkpoint IN/p1_state_is_list.pt | p1_state_is_list.pt: its state_dict is none
 p1_infer.py | OUT --checkpoint IN/p1_text_for_tensor.pt | p1_text_for_tensor.pt: stem.weight is no tensor
 p1_infer.py | IN/text/out | text/out: cannot write there
@@ -259,6 +260,11 @@ p1_train.py | --out OUT --seed 1180591620717411303424 | argument --seed:
 p1_train.py | --out OUT --device meta | argument --device:
 p1_train.py | --out OUT --data IN/latin1 | mnistm/train.csv: not found
 p1_train.py | --out OUT --data IN --classifiers IN/text IN/text | mnistm: no val image
+p1_distill.py | --out OUT --count 7 | argument --count: take a multiple of
+p1_distill.py | --out OUT --times 5 | argument --times: invalid choice: 5
+p1_distill.py | --out OUT --times 499 999 | --times 499 999: take 999 first
+p1_distill.py | --out OUT --features nan | argument --features: take a number, 0 or more, not 'nan'
+p1_distill.py | --out OUT --teacher IN/p1_T_is_0.pt | its config has T '0'
 p2_train.py | --out OUT --size 48 | argument --size: take a multiple of 32
 p2_train.py | --out OUT --channel 30 | argument --channel: channel 30:
 p2_train.py | --out OUT --min-snr inf | argument --min-snr:
@@ -401,6 +407,7 @@ def bad_checkpoints(files):
         "T_is_0": {"T": 0},
         "schedule_is_list": {"schedule": ["cosine"]},
         "objective_is_unknown": {"objective": "score"},
+        "steps_is_text": {"steps": "all"},
     }.items():
         torch.save({"state_dict": {}, "config": {**good, **changes}}, files / f"p1_{name}.pt")
     torch.save({"state_dict": {}, "config": "cosine"}, files / "p1_config_is_text.pt")
@@ -420,8 +427,10 @@ def bad_checkpoints(files):
 def main_of(command):
     """The main() of a command, imported once; skips where what it needs is not installed."""
     path = ROOT / command
-    if command.endswith("_train.py"):
+    if command.endswith(("_train.py", "_distill.py")):
         pytest.importorskip("pytorch_lightning")
+    if command == "p4_tsne.py":
+        pytest.importorskip("sklearn")
     if "/" not in command:
         return importlib.import_module(path.stem).main
     if command not in LOADED:

@@ -205,7 +205,7 @@ def test_scripts_end_with_one_line_and_exit_code_2(capsys, error, line):
 
 @pytest.mark.parametrize("name", sorted(p.name for p in ROOT.glob("*.py") if "__main__" in p.read_text()))
 def test_every_script_shows_its_help(name):
-    if name.endswith("_train.py"):
+    if name.endswith(("_train.py", "_distill.py")):
         pytest.importorskip("pytorch_lightning")
     shown = script(name, "--help").stdout
     assert "--seed" in shown and "--precision" in shown

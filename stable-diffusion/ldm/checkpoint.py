@@ -386,8 +386,7 @@ def atomic(path):
 
 def save_checkpoint(content, path):
     """torch.save to a temporary name, then renamed. The same content gives the same bytes."""
-    try:
-        with atomic(path) as temporary, open(temporary, "wb") as f:  # given a name, torch.save writes it into the file
-            torch.save(content, f)
-    except RuntimeError as e:  # torch's own writer, on a full disk
-        raise ModelError(f"{path}: could not be written ({e}); is the disk full?") from None
+    buffer = io.BytesIO()  # given a name, torch.save writes it into the file; its own writer aborts on a full disk
+    torch.save(content, buffer)
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())

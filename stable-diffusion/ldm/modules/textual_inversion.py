@@ -124,7 +124,7 @@ class LearnedTokens(nn.Module):
         for key in {key for token in tokens for key in self.metadata[token]}:
             values = {token: self.metadata[token][key] for token in tokens if key in self.metadata[token]}
             told[key] = values if len(tokens) > 1 else values[tokens[0]]
-        told.update(base_model=self.base_model, **metadata)  # not a loaded file's
+        told.update({"base_model": self.base_model, **metadata})  # not a loaded file's
         content = {token: self[token].detach().float().cpu().clone() for token in tokens}
         with atomic(path) as temporary:
             temporary.write_bytes(to_bytes(content, {HEADER: json.dumps(told, sort_keys=True)}))

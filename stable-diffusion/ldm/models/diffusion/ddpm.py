@@ -9,6 +9,7 @@ from torch import nn
 from ldm.compat import TrainingNames
 from ldm.models.diffusion.sampling import as_tensor
 from ldm.modules.attention import Memory
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import instantiate_from_config
 
 # Entries of CompVis's configs: what they are by default, those that may be nothing else, and those on training the
@@ -145,8 +146,9 @@ class LatentDiffusion(TrainingNames, nn.Module):
         return (a * x_start + s * noise).to(x_start.dtype)
 
     def remember(self, cond, every=1):
-        """A conditioning [B, 77, C] as the Memory of one sampling run, whose batch it has."""
-        return Memory(cond.to(self.dtype), every)
+        """A conditioning [B, 77, C] as the Memory of one sampling run, whose batch it has; as it is for other networks."""
+        known = isinstance(self.model.diffusion_model, UNetModel)
+        return Memory(cond.to(self.dtype), every) if known else cond
 
     def apply_model(self, x_noisy, t, cond):
         """eps predicted from x_t, t [B] (may be fractions) and cond: a tensor, a list, {"c_crossattn": list}, or what
