@@ -146,7 +146,7 @@ class LatentDiffusion(TrainingNames, nn.Module):
         return (a * x_start + s * noise).to(x_start.dtype)
 
     def remember(self, cond, every=1):
-        """A conditioning [B, 77, C] as the Memory of one sampling run, whose batch it has; itself for others' networks."""
+        """A conditioning [B, 77, C] as the Memory of a sampling run, whose batch it has; itself for other networks."""
         known = isinstance(self.model.diffusion_model, UNetModel)
         return Memory(cond.to(self.dtype), every) if known else cond
 
