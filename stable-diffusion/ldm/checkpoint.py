@@ -73,6 +73,7 @@ class StoredTensor:
     def load(self, device="cpu", dtype=None, channels_last=False):
         """The tensor, straight to where and how it is wanted. One of a large file that needs no change is the file
         itself, mapped: the file must not be overwritten in place while it is in use."""
+        channels_last = channels_last and self.shape[2:] != (1, 1)  # of which either layout is the other
         dtype, source = dtype or self.dtype, self.tensor.permute(0, 2, 3, 1) if channels_last else self.tensor
         wanted = source
         if dtype != self.dtype or not source.is_contiguous():  # numpy's memory has huge pages: a third of the time
