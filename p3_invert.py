@@ -26,7 +26,7 @@ from tqdm import tqdm
 from diffusion import training_loss
 from p3_clip import best_fifth, image_scores, text_scores
 from p3_concepts import is_pair
-from p3_model import fitting_batch, generate, read_embeddings, user_errors, weights_id
+from p3_model import fitting_batch, generate, read_embeddings, weights_id
 from utils import (
     UserError,
     atomic,
@@ -195,9 +195,8 @@ class Inversion:
         self.model, self.tokens, self.concept, self.recipe = model, tokens, concept, recipe
         self.token, self.kind, self.work = concept.token, kind_of(concept), output_folder(work)
         word = recipe.init_word or concept.init_word or concept.word
-        with user_errors():
-            if self.token not in tokens:
-                tokens.add(self.token, tokens.initial(word, recipe.vectors), init_word=word)
+        if self.token not in tokens:
+            tokens.add(self.token, tokens.initial(word, recipe.vectors), init_word=word)
         self.vectors, self.losses = tokens[self.token], []
         self.optimizer = torch.optim.AdamW([self.vectors], lr=recipe.lr * recipe.batch, weight_decay=0.0)
         self.scaler = grad_scaler(model.device, model.dtype)
@@ -215,8 +214,7 @@ class Inversion:
         self.learn(Examples(*moments, captions_of(self.concept, self.kind, files)), stop)
         step, vectors, scores, why = self.choose(files, clip, deadline)
         self.vectors.data.copy_(vectors)
-        with user_errors():
-            self.tokens.save(out, [self.token], step=step, scores=scores)
+        self.tokens.save(out, [self.token], step=step, scores=scores)
         done, wanted = len(self.losses), self.recipe.steps
         short = f" (time was out after {done} of {wanted})" if done < wanted else ""
         numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items())
@@ -233,9 +231,7 @@ class Inversion:
             losses.append(self.optimize(examples, step))
             bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}")
             late = deadline is not None and time.monotonic() > deadline
-            if (
-                recipe.preview_every and len(losses) % recipe.preview_every == 0
-            ):  # first: a kill after `save` loses none
+            if recipe.preview_every and len(losses) % recipe.preview_every == 0:  # before `save`: a kill loses none
                 pictures = self.draw(examples.captions[0][0], range(4), steps=20, seed=recipe.seed)
                 save_png(image_grid(pictures, columns=2), self.work / f"preview_{len(losses):05d}.png")
             if late or len(losses) % recipe.save_every == 0 or len(losses) == recipe.steps:
@@ -267,9 +263,8 @@ class Inversion:
         """step_NNNNN.safetensors with its held-back loss, losses.csv, and state.pt to resume from."""
         step, told = len(self.losses), [texts[0].replace("{}", self.token) for texts in examples.captions]
         loss = held_back_loss(self.model, examples.held, told, self.recipe.batch)
-        with user_errors():
-            path = self.work / f"step_{step:05d}.safetensors"
-            self.tokens.save(path, [self.token], step=step, scores={"held_back_loss": loss})
+        path = self.work / f"step_{step:05d}.safetensors"
+        self.tokens.save(path, [self.token], step=step, scores={"held_back_loss": loss})
         table = pandas.DataFrame({"step": range(1, step + 1), "loss": self.losses})
         with atomic(self.work / "losses.csv") as temporary:
             table.to_csv(temporary, index=False, float_format="%.6f")
@@ -308,8 +303,7 @@ class Inversion:
         the vectors are means of saved steps (Polyak and Juditsky 1992), losses are not."""
         saved, vectors, n = [], [], self.recipe.average
         for path in sorted(self.work.glob("step_*.safetensors")):
-            with user_errors():
-                content, told = read_embeddings(path)
+            content, told = read_embeddings(path)
             with expecting(f"{path}: no saved step of {self.token}; remove it"):
                 vectors.append(content[self.token].view_as(self.vectors))
                 saved.append((float(told["scores"]["held_back_loss"]), int(told["step"])))

@@ -6,7 +6,6 @@ pictures = generate(model, "A photo of a dog", range(4))         # uint8 [4, 3, 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import pathlib
 import re
@@ -17,7 +16,6 @@ import torch
 
 from utils import UserError, noise_stream, reuse_freed_memory, to_uint8, whole  # isort: skip  puts ldm on the path
 
-from ldm import ModelError
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.modules.textual_inversion import LearnedTokens, read_embeddings
 from ldm.util import free_memory, load_model
@@ -33,20 +31,10 @@ def add_model_options(parser):
     )
 
 
-@contextlib.contextmanager
-def user_errors(where=""):
-    """ldm's ModelError as the UserError that `utils.cli` reports, with `where` before its text."""
-    try:
-        yield
-    except ModelError as e:
-        raise UserError(f"{where}{e}") from None
-
-
 def load_stable_diffusion(ckpt, device, dtype, config=None):
     """The frozen LatentDiffusion of a checkpoint in CompVis's layout, network and autoencoder in `dtype`."""
     reuse_freed_memory()
-    with user_errors():
-        return load_model(config, ckpt, device, dtype)
+    return load_model(config, ckpt, device, dtype)
 
 
 def own_size(model):
@@ -118,8 +106,7 @@ def load_embeddings(tokens, folder, wanted):
     files = [p for p in pathlib.Path(folder).glob("*") if p.suffix in (".safetensors", ".pt", ".bin")]
     for path in sorted(files, key=lambda p: (p.suffix != ".safetensors", p)):
         named_after = [t for t in wanted if embedding_path(folder, t).stem == path.stem]
-        with user_errors():
-            vectors, metadata = read_embeddings(path, *named_after[:1])
+        vectors, metadata = read_embeddings(path, *named_after[:1])
         useful = [t for t in vectors if t in wanted and t not in tokens]
         if not useful:
             continue
@@ -127,8 +114,10 @@ def load_embeddings(tokens, folder, wanted):
             print(f"warning: {path}: learned with another text encoder; not used", file=sys.stderr)
             continue
         for token in useful:
-            with user_errors(f"{path}: "):
+            try:
                 tokens.add(token, vectors[token], **metadata)
+            except UserError as e:
+                raise UserError(f"{path}: {e}") from None
     return [t for t in wanted if t not in tokens]
 
 

@@ -339,8 +339,7 @@ def stage_args(args, training, name, begin):
 @cli
 def main(argv=None):
     args, begin = parse(argv), datetime.datetime.now()
-    with p3_model.user_errors():
-        config = read_config(args.config)
+    config = read_config(args.config)
     OmegaConf.set_struct(config, True)
     try:
         training = OmegaConf.to_container(OmegaConf.merge(config.training, OmegaConf.from_dotlist(args.set)))
