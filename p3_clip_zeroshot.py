@@ -17,21 +17,9 @@ import matplotlib
 import torch
 from tqdm import tqdm
 
+import utils
 from p3_clip import load_clip
-from utils import (
-    Parser,
-    UserError,
-    add_device_options,
-    atomic,
-    autocast,
-    cli,
-    open_image,
-    output_folder,
-    pick_precision,
-    read_json,
-    save_json,
-    whole,
-)
+from utils import Parser, UserError, cli, whole
 
 CLASS_ID = re.compile("[0-9]{1,9}")
 
@@ -44,7 +32,7 @@ ENSEMBLE += [f"a photo of {article} {size} {{object}}." for size in ("small", "b
 def read_data(folder):
     """(image files, their class ids, class names) of val/{class_id}_{image_id}.png and id2label.json."""
     labels = folder / "id2label.json"
-    names = read_json(labels, "`bash get_dataset.sh` fetches hw2_data")
+    names = utils.read_json(labels, "`bash get_dataset.sh` fetches hw2_data")
     entries = names.items() if isinstance(names, dict) else [("", "")]
     if not all(CLASS_ID.fullmatch(k) and isinstance(v, str) for k, v in entries):
         raise UserError(f'{labels}: expected {{"0": "bicycle", ...}}; fetch it again')
@@ -86,14 +74,14 @@ def save_examples(rows, out):
             axis.axis("off")
             if row is not None:
                 text.append(f"  {row['file']}: truth {row['truth']}, answer {row['answer']} ({row['probability']:.1%})")
-                axis.imshow(open_image(row["path"]), interpolation="nearest")
+                axis.imshow(utils.open_image(row["path"]), interpolation="nearest")
                 answer = f"{row['answer']} ({row['probability']:.0%})"
                 axis.set_title(f"{row['file']}\ntruth: {row['truth']}\nanswer: {answer}", fontsize=9)
     figure.tight_layout()
-    with atomic(out / "examples.png") as temporary:
+    with utils.atomic(out / "examples.png") as temporary:
         figure.savefig(temporary, format="png", dpi=100)
     plt.close(figure)
-    with atomic(out / "examples.txt") as temporary:
+    with utils.atomic(out / "examples.txt") as temporary:
         temporary.write_text("\n".join(text) + "\n")
     print("\n".join(text))
 
@@ -123,18 +111,19 @@ def main(argv=None):
     parser.add_argument("--ensemble", action="store_true", help="the CLIP paper's 18 CIFAR templates, averaged")
     parser.add_argument("--out", default="output/clip_zeroshot")
     parser.add_argument("--batch-size", type=whole(), default=100)
-    add_device_options(parser)
+    utils.add_device_options(parser)
+    parser.set_defaults(precision="fp32")
     args = parser.parse_args(argv)
     if "{object}" not in args.prompt:
         raise UserError('--prompt: needs {object} where the class name goes, as in "A photo of {object}."')
     files, truth, names = read_data(pathlib.Path(args.data))
-    device, dtype = args.device, pick_precision("fp32" if args.precision == "auto" else args.precision, args.device)
+    device, dtype = args.device, utils.pick_precision(args.precision, args.device)
     clip = load_clip(args.model, device)
-    out = output_folder(args.out)
+    out = utils.output_folder(args.out)
 
     templates = ENSEMBLE if args.ensemble else [args.prompt]
     ids = sorted(names)
-    with autocast(device, dtype):
+    with utils.autocast(device, dtype):
         vectors = class_vectors(clip, [names[i] for i in ids], templates)
         answers, probabilities = classify(clip, files, vectors, args.batch_size)
     rows = [
@@ -147,7 +136,7 @@ def main(argv=None):
     save_examples(examples, out)
     result = summary(rows, args, templates)
     result["examples"] = [row["file"] for row in examples[0] + examples[1]]
-    save_json(result, out / "zeroshot.json")
+    utils.save_json(result, out / "zeroshot.json")
     for name, accuracy in sorted(result["per_class"].items(), key=lambda item: -item[1]):
         print(f"{name:16s} {accuracy:.1%}")
     print(f"accuracy {result['accuracy']:.2%} ({len(sides[0])} of {len(rows)})")

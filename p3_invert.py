@@ -23,22 +23,12 @@ from PIL import Image, ImageOps
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
+import utils
 from diffusion import training_loss
 from p3_clip import best_fifth, image_scores, text_scores
 from p3_concepts import is_pair
 from p3_model import fitting_batch, generate, read_embeddings, weights_id
-from utils import (
-    UserError,
-    atomic,
-    grad_scaler,
-    image_grid,
-    load_checkpoint,
-    open_image,
-    output_folder,
-    read_json,
-    save_checkpoint,
-    save_png,
-)
+from utils import UserError
 
 
 class Recipe(NamedTuple):
@@ -120,7 +110,7 @@ def crops_of(path, size, count, flip, draw):
 
     Returns [count, 3, size, size] in [-1, 1].
     """
-    image = open_image(path)
+    image = utils.open_image(path)
     scale = size / min(image.size)
     image = image.resize([max(size, round(s * scale)) for s in image.size], Image.LANCZOS)
     crops = []
@@ -193,13 +183,13 @@ class Inversion:
 
     def __init__(self, model, tokens, concept, recipe, work):
         self.model, self.tokens, self.concept, self.recipe = model, tokens, concept, recipe
-        self.token, self.kind, self.work = concept.token, kind_of(concept), output_folder(work)
+        self.token, self.kind, self.work = concept.token, kind_of(concept), utils.output_folder(work)
         word = recipe.init_word or concept.init_word or concept.word
         if self.token not in tokens:
             tokens.add(self.token, tokens.initial(word, recipe.vectors), init_word=word)
         self.vectors, self.losses = tokens[self.token], []
         self.optimizer = torch.optim.AdamW([self.vectors], lr=recipe.lr * recipe.batch, weight_decay=0.0)
-        self.scaler = grad_scaler(model.device, model.dtype)
+        self.scaler = utils.grad_scaler(model.device, model.dtype)
 
     def run(self, files, out, clip=None, deadline=None):
         """Learns from the pictures `files`, writes the best step's vectors to the file `out`, and leaves them in
@@ -233,7 +223,7 @@ class Inversion:
             late = deadline is not None and time.monotonic() > deadline
             if recipe.preview_every and len(losses) % recipe.preview_every == 0:  # before `save`: a kill loses none
                 pictures = self.draw(examples.captions[0][0], range(4), steps=20, seed=recipe.seed)
-                save_png(image_grid(pictures, columns=2), self.work / f"preview_{len(losses):05d}.png")
+                utils.save_png(utils.image_grid(pictures, columns=2), self.work / f"preview_{len(losses):05d}.png")
             if late or len(losses) % recipe.save_every == 0 or len(losses) == recipe.steps:
                 self.save(examples)
             if late:
@@ -266,11 +256,11 @@ class Inversion:
         path = self.work / f"step_{step:05d}.safetensors"
         self.tokens.save(path, [self.token], step=step, scores={"held_back_loss": loss})
         table = pandas.DataFrame({"step": range(1, step + 1), "loss": self.losses})
-        with atomic(self.work / "losses.csv") as temporary:
+        with utils.atomic(self.work / "losses.csv") as temporary:
             table.to_csv(temporary, index=False, float_format="%.6f")
         state = {"training": self.identity(), "losses": self.losses, "vectors": self.vectors.detach().cpu()}
         state.update(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
-        save_checkpoint(state, self.work / "state.pt")
+        utils.save_checkpoint(state, self.work / "state.pt")
 
     def identity(self):
         """What a resumed training must share with the one it goes on from: all but how long it is and how it is
@@ -285,7 +275,7 @@ class Inversion:
         path = self.work / "state.pt"
         if not path.is_file():
             return
-        state, changed = load_checkpoint(path), ""
+        state, changed = utils.load_checkpoint(path), ""
         with expecting(f"{path}: no state of a training; remove {self.work} to start anew"):
             changed = ", ".join(k for k, v in self.identity().items() if state["training"].get(k) != v)
             if not changed:
@@ -320,7 +310,7 @@ class Inversion:
         if clip is None:
             loss, step, vectors = saved[0]
             return step, vectors, {"held_back_loss": loss}, "the lowest eps loss on held-back crops"
-        known = read_json(path) if path.is_file() else {}
+        known = utils.read_json(path) if path.is_file() else {}
         if not isinstance(known, dict) or not all(map(is_pair, known.values())):
             raise UserError(f"{path}: no scores of steps; remove it")
         sources, best = clip.images(files), None
@@ -331,7 +321,7 @@ class Inversion:
                     continue
                 self.vectors.data.copy_(vectors)
                 known[name] = self.grade(clip, sources)
-                with atomic(path) as temporary:
+                with utils.atomic(path) as temporary:
                     temporary.write_text(json.dumps(known))
             image, text = known[name]
             if best is None or image + 2.5 * text > best[0]:

@@ -18,21 +18,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import utils
 from digits import is_validation, read_csv, read_image
 from p4_model import HELD_BACK, load_digit_net, predict
-from utils import (
-    Parser,
-    UserError,
-    add_device_options,
-    atomic,
-    autocast,
-    cli,
-    output_file,
-    pick_precision,
-    reuse_freed_memory,
-    save_json,
-    whole,
-)
+from utils import Parser, UserError, cli, whole
 
 CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
 SCENARIOS = {"svhn": "refined", "usps": "source"}  # and the training whose label-free score (p4_losses.py) is highest
@@ -65,7 +54,7 @@ def write_labels(path, names, labels):
     import pandas
 
     table = pandas.DataFrame({"image_name": names, "label": labels})
-    with atomic(path) as temporary:
+    with utils.atomic(path) as temporary:
         table.to_csv(temporary, index=False, errors="surrogateescape")  # a file's name may be no UTF-8
 
 
@@ -91,7 +80,8 @@ def parse(argv):
     option("--gt", metavar="CSV", help="the accuracy on the pictures that it names, also in OUTPUT_CSV's .json")
     option("--held-back", action="store_true", help="only on those that p4_train.py holds back of a train.csv")
     option("--batch-size", type=whole(), default=500, help="changes the speed, not the labels (default: 500)")
-    add_device_options(parser)
+    utils.add_device_options(parser)
+    parser.set_defaults(precision="fp32")  # the same labels anywhere
     args = parser.parse_args(argv)
     if args.held_back and not args.gt:
         raise UserError("--held-back: of what? add --gt with a train.csv")
@@ -101,24 +91,24 @@ def parse(argv):
 @cli
 def main(argv=None):
     args = parse(argv)
-    reuse_freed_memory()
+    utils.reuse_freed_memory()
     device = args.device
-    dtype = pick_precision("fp32" if args.precision == "auto" else args.precision, device)  # the same labels anywhere
+    dtype = utils.pick_precision(args.precision, device)
     target = args.target or scenario_of(args.folder)
     mode = args.mode or SCENARIOS[target]
     path = args.checkpoint or CHECKPOINTS / f"p4_{target}_{mode}.pt"
     net, config = load_digit_net(path)
     names, images = read_folder(args.folder)
     truth = read_truth(args.gt, names, HELD_BACK[target] if args.held_back else 1.0) if args.gt else {}
-    output_file(args.csv)
-    with autocast(device, dtype):
+    utils.output_file(args.csv)
+    with utils.autocast(device, dtype):
         options = {"device": device, "batch_size": args.batch_size, "progress": "digits"}
         labels = predict(net.to(device), images, config["domain"], **options).tolist()
     write_labels(args.csv, names, labels)
     if truth:
         right = sum(truth.get(name) == label for name, label in zip(names, labels))
         told = {"folder": args.folder, "target": target, "mode": mode, "right": right, "known": len(truth)}
-        save_json(told, pathlib.Path(args.csv).with_suffix(".json"))
+        utils.save_json(told, pathlib.Path(args.csv).with_suffix(".json"))
         print(f"accuracy {right / len(truth):.4f} ({right}/{len(truth)})")
     print(f"wrote {len(names)} labels ({target}, {mode}) to {args.csv}")
 

@@ -27,25 +27,12 @@ import torch
 from fid import Inception, frechet_distance
 from table import ROOT, add_out_option, describe_machine, save_table
 
+import utils
 from classifiers import load_classifier, predict
 from diffusion import ddpm, run, schedule, timesteps
 from digits import DOMAINS, load_digits
 from p1_model import eps_model_for, load_digit_unet, reverse_process
-from utils import (
-    Parser,
-    UserError,
-    add_device_options,
-    autocast,
-    cli,
-    image_grid,
-    noise_stream,
-    pick_precision,
-    real,
-    reuse_freed_memory,
-    save_png,
-    to_uint8,
-    whole,
-)
+from utils import Parser, UserError, cli, real, whole
 
 FULL = (0, 1000)
 # sampler, steps, guidance, interval: what the shipped setting, the first one, was chosen from
@@ -112,10 +99,10 @@ def generate(args, n, make, sampler, steps, guidance, interval):
     images, started = [], time.time()
     for part in index.split(args.batch_size):
         digit, domain = (pair[part] % 10).to(args.device), (pair[part] // 10).to(args.device)
-        noise = noise_stream(args.seed, pair[part] * 10_000 + part % n, (3, 28, 28), args.device)
-        with autocast(args.device, args.dtype):
+        noise = utils.noise_stream(args.seed, pair[part] * 10_000 + part % n, (3, 28, 28), args.device)
+        with utils.autocast(args.device, args.dtype):
             eps_model = eps_model_for(network, args.config, digit, domain, guidance, interval)
-            images.append(to_uint8(make(eps_model, args.config, noise, sampler, steps)).cpu())
+            images.append(utils.to_uint8(make(eps_model, args.config, noise, sampler, steps)).cpu())
     return torch.cat(images), time.time() - started, network.images / len(index)
 
 
@@ -189,7 +176,7 @@ def neighbours(args, path):
             )
         chosen = samples[torch.arange(20) * args.num_per_digit // 2]
         rows += [chosen, train[nearest(chosen, train)[1]]]
-    save_png(image_grid(torch.cat(rows).repeat_interleave(2, 2).repeat_interleave(2, 3), 20), path)
+    utils.save_png(utils.image_grid(torch.cat(rows).repeat_interleave(2, 2).repeat_interleave(2, 3), 20), path)
     print(f"wrote {path}: rows samples, nearest of MNIST-M; samples, nearest of SVHN")
 
 
@@ -229,10 +216,10 @@ def main(argv=None):
     option("--no-peers", action="store_true")
     option("--neighbours", metavar="FILE")
     add_out_option(parser)
-    add_device_options(parser)
+    utils.add_device_options(parser)
     args = parser.parse_args(argv)
-    args.dtype = pick_precision(args.precision, args.device)
-    reuse_freed_memory()
+    args.dtype = utils.pick_precision(args.precision, args.device)
+    utils.reuse_freed_memory()
     args.model, args.config = load_digit_unet(args.checkpoint)
     args.model.to(args.device)
     args.judges = [load_classifier(args.classifier, args.device), load_classifier(args.svhn_classifier, args.device)]

@@ -32,22 +32,12 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 import p3_model
+import utils
 from p3_clip import best_fifth, image_scores, load_clip, text_scores
 from p3_concepts import image_files, read_concepts
 from p3_invert import kind_of
 from p3_pictures import Pictures
-from utils import (
-    Parser,
-    add_device_options,
-    cli,
-    image_grid,
-    open_image,
-    output_folder,
-    pick_precision,
-    real,
-    save_png,
-    whole,
-)
+from utils import Parser, cli, real, whole
 
 CHECKPOINTS = ROOT / "checkpoints"
 
@@ -76,11 +66,11 @@ def write_zeroshot(pictures, folder):
         if not rows:
             continue
         out = pathlib.Path(folder) / vendor.lower().replace(" ", "_")
-        output_folder(out / "val")
+        utils.output_folder(out / "val")
         names = {i: pictures.subjects[pictures.subject[r]] for i, r in enumerate(rows)}
         (out / "id2label.json").write_text(json.dumps(names))
         for i, r in enumerate(rows):
-            save_png(pictures.images[r], out / "val" / f"{i}_0.png")
+            utils.save_png(pictures.images[r], out / "val" / f"{i}_0.png")
         print(f"wrote {len(rows)} pictures of {vendor} to {out}")
 
 
@@ -144,7 +134,7 @@ def inversion(model, clip, pictures, args):
     lines += ["| prompt | best words | image | text | learned image | learned text |", "|---" * 6 + "|"]
     for concept in concepts:
         files = image_files(path.parent / concept.key)
-        sources, shown = clip.images(files), torch.stack([to_tensor(open_image(f)) for f in files])
+        sources, shown = clip.images(files), torch.stack([to_tensor(utils.open_image(f)) for f in files])
         words = plain_words(pictures, clip, concept, sources)
         for prompt, told in zip(concept.prompts, concept.eval_prompts):
             tried = []
@@ -160,7 +150,7 @@ def inversion(model, clip, pictures, args):
             lines.append(f"| `{prompt}` | {' | '.join(map(str, cells))} |")
             print(lines[-1], file=sys.stderr)
     if args.picture:
-        save_png(image_grid(torch.cat(rows), 12), args.picture)
+        utils.save_png(utils.image_grid(torch.cat(rows), 12), args.picture)
     return lines
 
 
@@ -182,7 +172,7 @@ def parse(argv):
     option(
         "--draws", type=whole(), default=4, help="of 25 pictures a prompt, for --inversion; the grader sees the first"
     )
-    add_device_options(parser)
+    utils.add_device_options(parser)
     return parser.parse_args(argv)
 
 
@@ -197,7 +187,7 @@ def main(argv=None):
     clip = load_clip(args.clip, device)
     if args.readable:
         return print("\n".join(readable(pictures, clip, clip.images(image_files(pathlib.Path(args.readable))))))
-    model = p3_model.load_stable_diffusion(args.ckpt, device, pick_precision(args.precision, device))
+    model = p3_model.load_stable_diffusion(args.ckpt, device, utils.pick_precision(args.precision, device))
     if args.inversion:
         lines = inversion(model, clip, pictures, args)
         print("\n".join(lines))
@@ -219,7 +209,7 @@ def main(argv=None):
         lines.append(f"| ours | {scale:g} | {nearest_is_right(clip, made, captions):.3f} | {fid} | {seconds:.2f} |")
         if args.picture and n == min(2, len(args.scales) - 1):
             pairs = [x[i : i + 12] for i in (0, 12) for x in (real, made)]
-            save_png(image_grid(torch.cat(pairs), 12), args.picture)
+            utils.save_png(utils.image_grid(torch.cat(pairs), 12), args.picture)
     print("\n".join(lines))
     save_table(lines, args.out)
 
