@@ -18,7 +18,6 @@ torch.save writes of its tensors are CPU tensors.
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 _setup_privateuseone_for_python_backend("pretend")
@@ -115,9 +114,20 @@ def inner(x):
     return x.inner if isinstance(x, OnDevice) else x
 
 
+def tensors_of(x):
+    """The tensors in an operation's arguments or result; torch's own pytree takes longer than the operations."""
+    if isinstance(x, torch.Tensor):
+        return [x]
+    return [t for y in x for t in tensors_of(y)] if isinstance(x, (list, tuple)) else []
+
+
+def mapped(function, x):
+    return type(x)([mapped(function, y) for y in x]) if isinstance(x, (list, tuple)) else function(x)
+
+
 def call(function, args, kwargs):
     """One operation of torch: refused, or computed on the CPU, its results on the device if it is one of the device."""
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    tensors = tensors_of([args, list(kwargs.values())])
     here = [x for x in tensors if isinstance(x, OnDevice)]
     if function is aten.copy_.default:
         return copy(*args[:2], args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
@@ -132,9 +142,9 @@ def call(function, args, kwargs):
         now.uploads += on_device and not here and waits
     elif here or on_device:
         refuse(function, args, kwargs, here, [x for x in tensors if not isinstance(x, OnDevice) and x.dim() > 0])
-    masks = [x for x in tree_leaves(args[1:]) if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
-    now.reads += bool(here) and (function.overloadpacket in READING or function is aten.index.Tensor and bool(masks))
-    result = function(*tree_map(inner, args), **tree_map(inner, kwargs))
+    masked = function is aten.index.Tensor and any(x.dtype == torch.bool for x in tensors[1:])
+    now.reads += bool(here) and (masked or function.overloadpacket in READING)
+    result = function(*mapped(inner, args), **{k: mapped(inner, v) for k, v in kwargs.items()})
     if not on_device:
         return result
     known = {id(x.inner): x for x in here}  # what works in place returns its own tensor
@@ -144,7 +154,7 @@ def call(function, args, kwargs):
             return x
         return known[id(x)] if id(x) in known else OnDevice(x)
 
-    return tree_map(wrapped, result)
+    return mapped(wrapped, result)
 
 
 def copy(target, source, non_blocking):

@@ -25,7 +25,6 @@ if torch_version() < (2, 5):
 import pretend  # noqa: E402
 from pretend import DEVICE, Pretend  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
 
 CHECKPOINTS, TINY = ROOT / "checkpoints", ROOT / "tiny/textual_inversion"
 PRETEND = "pretend:0"
@@ -411,8 +410,8 @@ def test_five_guided_pictures_without_fused_attention_need_no_tensor_of_1_gb(mon
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
-            tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-            self.bytes = max([self.bytes, *(x.numel() * x.element_size() for x in tensors)])
+            sizes = [x.numel() * x.element_size() for x in pretend.tensors_of(result)]
+            self.bytes = max([self.bytes, *sizes])
             return result
 
     monkeypatch.setattr(attention, "attention", attention.sliced_attention)
