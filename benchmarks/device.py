@@ -6,8 +6,8 @@
 Each command runs in a process of its own, three times: as shipped, in float32, and in float32 on the CPU with fewer
 pictures. In float32 no picture may be further than one grey level from the CPU's, and no digit another one. Then Stable
 Diffusion at full size (with --quick the small model that ships, in 2 steps): 25 steps of 1 and of 5 guided pictures,
-without and, on a GPU, with torch.compile, and steps of Textual Inversion at batch 1 and 4. Exit code 0 where every check
-holds and no command passes the course's limit.
+without and, on a GPU, with torch.compile, and steps of Textual Inversion at batch 1 and 4. Exit code 0 where every
+check holds and no command passes the course's limit.
 """
 
 from __future__ import annotations
