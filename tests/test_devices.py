@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from omegaconf import OmegaConf
+from p3_tiny import write_model
 from PIL import Image
 from test_digits import write_domain
 
 import p3_model  # isort: skip  (it puts ldm on the path)
+from ldm.util import CONFIGS, read_config
 
+import diffusion
 import utils
 from utils import pick_device, pick_precision, torch_version, training_precision
 
@@ -130,7 +134,7 @@ COMMANDS = {
     ],
     "p3_infer.py": lambda w, o: [
         *(w / "input.json", o, CHECKPOINTS / "tiny.ckpt", "--embeddings", TINY / "embeddings"),
-        *("--images", 2, "--steps", 8, *FP32),
+        *("--images", 2, "--steps", 3, *FP32),
     ],
     "stable-diffusion/scripts/txt2img.py": lambda w, o: [
         *("--prompt", "a rocket", "--outdir", o, "--ckpt", CHECKPOINTS / "tiny.ckpt", "--H", 64, "--W", 64, "--f", 4),
@@ -279,6 +283,15 @@ def same(a, b, atol=2e-3):
     return a and set(a) == set(b) and all(torch.allclose(a[k], b[k], atol=atol) for k in a)
 
 
+@pytest.fixture
+def samples_in_three_steps(monkeypatch):
+    """What a training shows of itself, in 3 steps of a sampler, which pass through all that 16 or 50 do."""
+    real = diffusion.timesteps
+    for module in ("diffusion", "p1_model"):
+        monkeypatch.setattr(f"{module}.timesteps", lambda T, steps, *how: real(T, 3, *how))
+
+
+@pytest.mark.usefixtures("samples_in_three_steps")
 @pytest.mark.parametrize("script", TRAININGS)
 def test_a_training_learns_the_same_on_the_device_as_on_the_cpu_and_waits_in_no_step(script, data, tmp_path, waits):
     options, folder = TRAININGS[script]
@@ -294,10 +307,17 @@ def test_the_small_stable_diffusion_learns_the_same_on_the_device_and_waits_in_n
 ):
     monkeypatch.setattr("p3_clip.save_clip", torch.save)  # its tracing, on the CPU, does not work under a Pretend
     stages = [f"{stage}.{key}" for stage in ("autoencoder", "clip", "diffusion") for key in ("steps=2", "batch_size=4")]
-    small = ["--set", *stages, "clip.vision_layers=[1,1,1,1]", "diffusion.variants=1"]
+    config = read_config(CONFIGS["tiny"])
+    config.model.params.unet_config.params.update(model_channels=32, channel_mult=[1, 1], attention_resolutions=[2])
+    config.model.params.cond_stage_config.params.config.update(num_hidden_layers=2)
+    OmegaConf.save(config, tmp_path / "small.yaml")
+    small = ["--config", tmp_path / "small.yaml"]
+    small += ["--set", *stages, "clip.vision_layers=[1,1,1,1]", "diffusion.variants=1"]
+    generate = p3_model.generate
+    monkeypatch.setattr("p3_model.generate", lambda *args, steps, **how: generate(*args, steps=3, **how))
     for device in ("cpu", PRETEND):
         run("p3_train.py", device, "--data", data / "emoji", "--out", tmp_path / device, *STEPS, *small)
-    masks = 4  # one a layer: the clip package puts them on the device in the first step, and keeps them there
+    masks = 2  # one a layer: the clip package puts them on the device in the first step, and keeps them there
     assert waits == [0, 0, masks, 0, 0, 0]
     for name in ("autoencoder.pt", "text.pt", "model.ckpt"):
         a, b = tmp_path / "cpu" / name, tmp_path / PRETEND / name
@@ -316,11 +336,12 @@ def test_a_classifier_is_trained_the_same_on_the_device_as_on_the_cpu(data, tmp_
 
 
 def test_textual_inversion_learns_and_chooses_the_same_on_the_device_as_on_the_cpu(work, tmp_path):
+    config, model = write_model(tmp_path)
     for device in ("cpu", PRETEND):
         out = tmp_path / device
         run(
             *("p3_textual_inversion.py", device, "--json", work / "input.json", "--data", TINY, "--only", 0),
-            *("--ckpt", CHECKPOINTS / "tiny.ckpt", "--clip", CHECKPOINTS / "tiny_clip.pt", "--out", out),
+            *("--ckpt", model, "--config", config, "--clip", CHECKPOINTS / "tiny_clip.pt", "--out", out),
             *("--work", out / "work", "--steps", 2, "--batch-size", 2, "--save-every", 1, "--preview-every", 2),
             *("--validation-pictures", 2, "--crops", 1, *FP32),
         )
@@ -403,7 +424,7 @@ def test_a_gpu_computes_float32_as_float32(monkeypatch):
 def test_five_guided_pictures_without_fused_attention_need_no_tensor_of_1_gb(monkeypatch):
     """As torch 1.11 runs it: the full network on 5 pictures of 512x512 in half precision; shapes only."""
     from ldm.modules import attention
-    from ldm.util import CONFIGS, instantiate_from_config, read_config
+    from ldm.util import instantiate_from_config
 
     class Largest(TorchDispatchMode):
         bytes = 0
