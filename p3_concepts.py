@@ -44,6 +44,15 @@ def read_concepts(path):
     return concepts
 
 
+def only(concepts, keys, path):
+    """Those of the concepts of `path` that the option --only names, all without; UserError for a name that is none."""
+    known = [c.key for c in concepts]
+    for key in keys or known:
+        if key not in known:
+            raise UserError(f"--only {key}: {path} has no such entry; take one of {', '.join(known)}")
+    return [c for c in concepts if c.key in (keys or known)]
+
+
 def _concept(path, key, entry):
     for name, kind in {"src_image": str, "token_name": str, "prompt": list}.items():
         if not isinstance(entry.get(name), kind) or not entry[name]:

@@ -55,7 +55,7 @@ class Settings(NamedTuple):
     size: int
     seed: int
     precision: str
-    weights: str  # p3_model.weights_id
+    weights: str  # p3_model.weights_id, and what names the delta
     fast: bool
 
 
@@ -258,6 +258,7 @@ def arguments(argv):
     option("out", help="output folder")
     option("ckpt", help="sd-v1-4.ckpt, or another checkpoint that --config describes")
     option("--embeddings", default=str(p3_model.ROOT / "embeddings"), help="folder of learned ones")
+    option("--delta", help="of p3_custom_diffusion.py: its matrices, and its tokens instead of learned ones")
     option("--images", type=whole(), default=25, help="pictures a prompt (default: 25, what the grader takes)")
     option("--steps", type=whole(1, 1000), default=25, help="DPM-Solver++ steps (default: 25)")
     option("--scale", type=real(-100, 100), default=7.5, help="guidance scale (default: 7.5)")
@@ -280,14 +281,15 @@ def main(argv=None):
     out, dtype = pathlib.Path(args.out), pick_precision(args.precision, args.device)
     model = p3_model.load_stable_diffusion(args.ckpt, args.device, dtype, args.config)
     args.size = args.size or p3_model.own_size(model)
-    tokens, missing = p3_model.learned_tokens(model), tokens_in(prompts, concepts)
+    tokens, missing, weights = p3_model.learned_tokens(model), tokens_in(prompts, concepts), p3_model.weights_id(model)
+    if args.delta:
+        weights += p3_model.load_delta(model, tokens, args.delta)
     for folder in (args.embeddings, pathlib.Path(args.json).parent / "embeddings", out / ".embeddings"):
         missing = p3_model.load_embeddings(tokens, folder, missing)
     jobs = sources_of(missing, concepts, pathlib.Path(args.json).parent, args)
     output_folder(out)
 
     batch = args.batch_size or p3_model.fitting_batch(model, args.size)
-    weights = p3_model.weights_id(model)
     settings = Settings(args.images, args.steps, args.scale, args.size, args.seed, str(dtype), weights, args.fast)
     clock = Clock(START + args.time_limit if args.time_limit else None)
 

@@ -7,15 +7,20 @@ pictures = generate(model, "A photo of a dog", range(4))         # uint8 [4, 3, 
 from __future__ import annotations
 
 import hashlib
+import json
 import pathlib
 import re
 import sys
 import urllib.parse
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
 
-from utils import UserError, noise_stream, reuse_freed_memory, to_uint8, whole  # isort: skip  puts ldm on the path
+from utils import UserError, atomic, is_finite, load_checkpoint, noise_stream  # isort: skip  puts ldm on the path
+from utils import reuse_freed_memory, to_uint8, whole  # isort: skip
 
+from ldm.checkpoint import fingerprint
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.modules.textual_inversion import LearnedTokens, read_embeddings
 from ldm.util import free_memory, load_model
@@ -44,13 +49,16 @@ def own_size(model):
 
 def weights_id(model):
     """Sixteen hexadecimal digits of the last layer's weights, which tell this network from others."""
+    return _digest(list(model.model.parameters())[-2:])
+
+
+def _digest(tensors):
     digest = hashlib.sha256()
-    for p in list(model.model.parameters())[-2:]:
-        digest.update(p.detach().float().cpu().contiguous().numpy().tobytes())
+    for x in tensors:
+        digest.update(x.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-@torch.no_grad()
 def generate(model, prompts, indices, steps=25, scale=7.5, size=None, seed=0, fast=False):
     """Pictures uint8 [len(indices), 3, size, size] of one prompt, or of a list with one for each: DPM-Solver++(2M),
     guidance scale `scale`; `fast` does half the work (ldm's sampling.py says which).
@@ -58,6 +66,12 @@ def generate(model, prompts, indices, steps=25, scale=7.5, size=None, seed=0, fa
     Picture i starts from the noise of the seed `seed + i`, the same in any batch but for rounding: float32
     on CPUs with AMX may differ by one level of 255 with the size of the batch.
     """
+    return to_uint8(model.decode_first_stage(latents_of(model, prompts, indices, steps, scale, size, seed, fast))).cpu()
+
+
+@torch.no_grad()
+def latents_of(model, prompts, indices, steps=25, scale=7.5, size=None, seed=0, fast=False):
+    """`generate` before it decodes: latents of unit variance, float32 [len(indices), 4, h, w] on the model's device."""
     side = (size or own_size(model)) // model.first_stage_model.factor
     shape = [model.channels, side, side]
     cond, uncond = (
@@ -66,8 +80,7 @@ def generate(model, prompts, indices, steps=25, scale=7.5, size=None, seed=0, fa
     )
     x_T = noise_stream(seed, indices, shape)()
     options = {"unconditional_guidance_scale": scale, "unconditional_conditioning": uncond, "fast": fast}
-    latents, _ = DPMSolverSampler(model).sample(steps, len(indices), shape, cond, x_T=x_T, verbose=False, **options)
-    return to_uint8(model.decode_first_stage(latents)).cpu()
+    return DPMSolverSampler(model).sample(steps, len(indices), shape, cond, x_T=x_T, verbose=False, **options)[0]
 
 
 def fitting_batch(model, size, most=5):
@@ -113,12 +126,17 @@ def load_embeddings(tokens, folder, wanted):
         if metadata.get("base_model") not in (None, tokens.base_model):
             print(f"warning: {path}: learned with another text encoder; not used", file=sys.stderr)
             continue
-        for token in useful:
-            try:
-                tokens.add(token, vectors[token], **metadata)
-            except UserError as e:
-                raise UserError(f"{path}: {e}") from None
+        add_tokens(tokens, {t: vectors[t] for t in useful}, path, **metadata)
     return [t for t in wanted if t not in tokens]
+
+
+def add_tokens(tokens, vectors, path, **metadata):
+    """Adds the tokens of a file to those of a model; UserError, naming the file, where they do not fit."""
+    for token, v in vectors.items():
+        try:
+            tokens.add(token, v, **metadata)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from None
 
 
 def embedding_id(tokens, prompt):
@@ -127,3 +145,59 @@ def embedding_id(tokens, prompt):
     for token in sorted(t for t in tokens.tokens if t in prompt):
         digest.update(token.encode() + tokens[token].detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+# -------------------------------------------------------------------------------- deltas of p3_custom_diffusion.py
+
+DELTA = "custom_diffusion"  # the one entry of __metadata__
+
+
+def keys_and_values(model):
+    """{name: matrix [channels, width of the text encoder]} of all that read the prompt in the network: to_k and to_v of
+    its cross-attention."""
+    wanted = "attn2.to_k.weight", "attn2.to_v.weight"
+    return {name: p for name, p in model.named_parameters() if name.endswith(wanted)}
+
+
+def model_id(model):
+    """Tells this model's text encoder and network from others, in any precision: rounding leaves signs as they are."""
+    signs = _digest(p.half() > 0 for p in list(model.model.parameters())[-2:])
+    return f"{fingerprint(model.cond_stage_model.transformer)} {signs}"
+
+
+def save_delta(path, model, vectors, captions, differences):
+    """Writes what a training or a merge adds to a model, as safetensors: differences of keys_and_values, {name: half},
+    and {token: vectors}; in the header the model_id and {token: the texts that it was trained with, {} for it}."""
+    content = {token: v.detach().float().cpu().clone() for token, v in vectors.items()}
+    told = json.dumps({"model": model_id(model), "captions": captions}, sort_keys=True)
+    with atomic(path) as temporary:
+        temporary.write_bytes(to_bytes({**differences, **content}, {DELTA: told}))
+
+
+def read_delta(path, model):
+    """(vectors, captions, differences) as save_delta got them; UserError for another file, or that of another model."""
+    content, matrices = load_checkpoint(path), keys_and_values(model)
+    try:
+        with safe_open(str(path), "pt") as file:
+            told = json.loads(file.metadata()[DELTA])
+        same, captions = told["model"] == model_id(model), told["captions"]
+        vectors = {token: content[token] for token in captions}
+        differences = {name: content[name] for name in matrices if same}
+        if not all(texts and all(isinstance(text, str) for text in texts) for texts in captions.values()):
+            raise TypeError
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        raise UserError(f"{path}: not a delta as p3_custom_diffusion.py writes them; train it again") from None
+    if not same or any(d.shape != matrices[name].shape for name, d in differences.items()):
+        raise UserError(f"{path}: a delta of another model; give the --ckpt that it was trained on, or train it again")
+    if not all(map(is_finite, differences.values())):
+        raise UserError(f"{path}: has NaN or infinity in it; train it again")
+    return vectors, captions, differences
+
+
+def load_delta(model, tokens, path):
+    """Adds a delta's differences and tokens to a model. Returns sixteen hexadecimal digits that name its content."""
+    vectors, _, differences = read_delta(path, model)
+    add_tokens(tokens, vectors, path)
+    for name, p in keys_and_values(model).items():
+        p.data = (p.data.float() + differences[name].to(p.device)).to(p.dtype)
+    return _digest([*vectors.values(), *differences.values()])

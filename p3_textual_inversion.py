@@ -13,7 +13,7 @@ import pathlib
 import time
 
 from p3_clip import load_clip
-from p3_concepts import image_files, read_concepts
+from p3_concepts import image_files, only, read_concepts
 from p3_invert import Inversion, Recipe
 from p3_model import add_model_options, embedding_path, learned_tokens, load_stable_diffusion, own_size
 from utils import Parser, UserError, add_device_options, cli, output_folder, pick_precision, real, whole
@@ -56,11 +56,7 @@ def arguments(argv):
 
 def chosen(concepts, args):
     """The concepts of --only, each with its pictures."""
-    known = [c.key for c in concepts]
-    for key in args.only or []:
-        if key not in known:
-            raise UserError(f"--only {key}: {args.json} has no such entry; take one of {', '.join(known)}")
-    concepts = [c for c in concepts if not args.only or c.key in args.only]
+    concepts = only(concepts, args.only, args.json)
     if args.init_word and len(concepts) > 1:
         raise UserError("--init-word: is for one concept; add --only with its entry")
     return [(c, image_files(pathlib.Path(args.data) / c.key)) for c in concepts]

@@ -218,6 +218,13 @@ p3_textual_inversion.py | --json IN/good.json --validation-pictures 0 | argument
 p3_textual_inversion.py | --json IN/good.json --average 0 | argument --average:
 p3_textual_inversion.py | --json IN/good.json --size 100 | argument --size: take a multiple of 64
 p3_textual_inversion.py | --json IN/good.json --data TINY/textual_inversion --clip none --ckpt IN/text | text:
+p3_custom_diffusion.py | --json IN/good.json | required: --out
+p3_custom_diffusion.py | --json IN/good.json --out OUT/x --steps 0 | argument --steps:
+p3_custom_diffusion.py | --json IN/good.json --out OUT/x --lr nan | argument --lr: take a positive number, not 'nan'
+p3_custom_diffusion.py | --json IN/good.json --out OUT/x --regularisation 0 | argument --regularisation:
+p3_custom_diffusion.py | --json IN/good.json --out IN --data TINY/textual_inversion | in: is a folder
+p3_custom_diffusion.py | --merge IN/text --out IN/x --ckpt SHIPPED/tiny.ckpt | text: not a checkpoint
+p3_infer.py | IN/good.json OUT SHIPPED/tiny.ckpt --delta IN/list.pt | list.pt: not a delta
 p3_infer.py | IN/good.json OUT IN/text | text:
 p3_infer.py | IN/good.json OUT SHIPPED/tiny.ckpt --embeddings IN/none | <new1> has no embedding for this model
 p3_infer.py | IN/good.json OUT SHIPPED/tiny.ckpt --embeddings IN | list.pt: not an embedding file
