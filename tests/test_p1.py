@@ -235,11 +235,40 @@ def test_a_training_goes_on_from_a_checkpoint_and_its_config(checkpoint, tiny, t
         assert torch.allclose(value.float(), after["state_dict"][key].float(), atol=1e-4), key
 
 
-def test_two_processes_train_together(tiny, tmp_path):
+RECORDING = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+import p1_train
+
+class Recording(p1_train.DigitDiffusion):
+    def on_train_start(self):
+        self.seen = []
+
+    def training_step(self, batch, i):
+        self.seen += [int(x) for x in batch[0].flatten(1).long().sum(1)]
+        return super().training_step(batch, i)
+
+    def on_train_end(self):
+        torch.save({{"seen": self.seen, "weights": self.state_dict()}}, {out!r} + f"/rank{{self.global_rank}}.pt")
+
+p1_train.DigitDiffusion = Recording
+p1_train.main(sys.argv[1:])
+"""
+
+
+def test_two_processes_train_one_network_on_different_pictures(tiny, tmp_path):
     pytest.importorskip("pytorch_lightning")
-    done = script("p1_train.py", *tiny, "--out", tmp_path, "--steps", 3, "--epoch-steps", 3, "--devices", 2, apart=True)
+    (tmp_path / "recording.py").write_text(RECORDING.format(root=str(ROOT), out=str(tmp_path)))
+    steps = ["--out", tmp_path, "--steps", 3, "--epoch-steps", 3, "--devices", 2]
+    command = [sys.executable, tmp_path / "recording.py", *tiny, *steps]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr
     assert "MEMBER: 2/2" in done.stdout + done.stderr and done.stdout.count("step 3 of 3; wrote") == 1
     assert load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 3
+    a, b = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert a["weights"] and all(torch.equal(v, b["weights"][k]) for k, v in a["weights"].items())
+    assert len(a["seen"]) == len(b["seen"]) == 3 * 16 and sorted(a["seen"]) != sorted(b["seen"])
 
 
 def test_a_training_without_data_is_one_line(tmp_path):
