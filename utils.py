@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import io
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "stable-diffusion"))
 from ldm import ModelError  # noqa: E402
-from ldm.checkpoint import atomic, is_finite, read_checkpoint, save_checkpoint  # noqa: E402, F401
+from ldm.checkpoint import Inert, atomic, is_finite, read_checkpoint  # noqa: E402
 from ldm.util import cpu_has_fast_bf16, noise_stream, reuse_freed_memory, torch_version  # noqa: E402, F401
 
 UserError = ModelError  # one kind of error: what the user can mend, told in one line
@@ -336,7 +337,30 @@ def load_checkpoint(path):
     file may carry. Raises UserError, in one line, for a missing, damaged, foreign or hostile one."""
     if not pathlib.Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; `bash hw2_download_ckpt.sh` restores those of this project")
-    return read_checkpoint(path, lazy=False)
+    content = read_checkpoint(path, lazy=False)
+    return _attributes(content) if isinstance(content, Inert) else content
+
+
+def _attributes(module):
+    """{dotted name: tensor} of a TorchScript module, as its state_dict() names them."""
+    tensors, todo, seen = {}, [("", module)], set()
+    while todo:
+        prefix, module = todo.pop()
+        if id(module) in seen or not isinstance(module.state, dict) or len(prefix) > 1000:
+            continue
+        seen.add(id(module))
+        inner = {f"{prefix}{k}": v for k, v in module.state.items() if isinstance(k, str) and len(k) < 100}
+        todo += [(f"{k}.", v) for k, v in inner.items() if isinstance(v, Inert)]
+        tensors.update({k: v for k, v in inner.items() if isinstance(v, torch.Tensor)})
+    return tensors
+
+
+def save_checkpoint(content, path):
+    """torch.save to a temporary name, then renamed. The same content gives the same bytes."""
+    buffer = io.BytesIO()  # given a name, torch.save writes it into the file; its own writer aborts on a full disk
+    torch.save(content, buffer)
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def half(state_dict):

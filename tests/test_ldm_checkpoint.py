@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import torch
 from ldm import ModelError, checkpoint
-from ldm.checkpoint import Inert, StoredTensor, fingerprint, read_checkpoint, read_state_dict, save_checkpoint
+from ldm.checkpoint import Inert, StoredTensor, read_checkpoint, read_state_dict
+from ldm.modules.textual_inversion import LearnedTokens
 from ldm.util import instantiate_from_config, load_model
 from torch import nn
+
+from utils import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -239,10 +242,10 @@ def test_a_disguised_program_is_refused_and_not_run(disguise, tmp_path):
 def test_a_torchscript_archive_is_read_without_running_it(tmp_path):
     mark = tmp_path / "mark"
     (tmp_path / "evil.pt").write_bytes(torchscript(mark))
-    assert read_checkpoint(tmp_path / "evil.pt") == {} and not mark.exists()
+    assert load_checkpoint(tmp_path / "evil.pt") == {} and not mark.exists()
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Sequential(nn.Linear(3, 3)))
     torch.jit.save(torch.jit.script(net), str(tmp_path / "net.pt"))
-    read = read_checkpoint(tmp_path / "net.pt", lazy=False)
+    read = load_checkpoint(tmp_path / "net.pt")
     assert set(read) == set(net.state_dict())
     assert all(torch.equal(read[k], v) for k, v in net.state_dict().items())
 
@@ -492,11 +495,11 @@ def test_a_config_runs_nothing_but_classes_of_ldm_unless_trusted(tmp_path):
 
 
 def test_the_fingerprint_names_the_text_encoder(files, state, tmp_path):
-    first = fingerprint(load_model(*files).cond_stage_model.transformer)
+    first = LearnedTokens(load_model(*files).cond_stage_model).base_model
     torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()}, tmp_path / "half.ckpt")
-    assert fingerprint(load_model(files[0], tmp_path / "half.ckpt").cond_stage_model.transformer) == first
+    assert LearnedTokens(load_model(files[0], tmp_path / "half.ckpt").cond_stage_model).base_model == first
     torch.manual_seed(1)
-    assert fingerprint(instantiate_from_config(ldm_tiny.tiny_config().model).cond_stage_model.transformer) != first
+    assert LearnedTokens(instantiate_from_config(ldm_tiny.tiny_config().model).cond_stage_model).base_model != first
 
 
 def test_a_plain_pickle_is_refused(tmp_path):

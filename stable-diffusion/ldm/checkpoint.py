@@ -1,15 +1,13 @@
-"""The one reader of checkpoints, made for files of strangers, and their writer.
+"""The one reader of checkpoints, made for files of strangers.
 
-A torch checkpoint is a zip of a pickle and of raw numbers. pickle.load, and so torch.load, may run whatever the pickle
-names, and torch.jit.load a program beside it: no file is given to them. _Reader works the few instructions of pickle
-that plain data needs, and builds dicts, lists, tuples, sets, numbers, texts and tensors. Classes and functions are but
-names to it; objects of trainers (Lightning, OmegaConf ...) become inert, and their packages are not imported.
+A torch checkpoint is a zip of a pickle and of raw numbers. torch.load may run whatever the pickle names, torch.jit.load
+a program beside it: neither gets a file. _Reader works the few instructions that plain data and tensors need. Classes
+and functions are but names to it; objects of trainers (Lightning, OmegaConf ...) become inert, nothing is imported.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import itertools
 import math
@@ -23,7 +21,6 @@ import zlib
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from ldm import ModelError
@@ -43,14 +40,14 @@ _NAMES = re.compile(
 )
 # the instructions of pickle that checkpoints have: how many values they take from the stack (None: all since the mark)
 _LITERALS = set("BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES".split())
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "EMPTY_TUPLE": tuple}
-_TUPLES = {"TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_MAKES = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "NONE": lambda: None}
+_MAKES.update(NEWTRUE=lambda: True, NEWFALSE=lambda: False)
+_TUPLES = {"TUPLE": None, "EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _FILLS = {"APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None, "ADDITEMS": None}
 _CALLS = {"REDUCE": 2, "NEWOBJ": 2, "NEWOBJ_EX": 3}
 _TAKES = {**_TUPLES, **_FILLS, **_CALLS, "STACK_GLOBAL": 2, "BINPERSID": 1, "BUILD": 1, "POP": 1, "STOP": 1}
 _MEMO = set("BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET".split())
-_KNOWN = {"GLOBAL", "MARK", "PROTO", "FRAME", *_LITERALS, *_CONSTANTS, *_EMPTY, *_TAKES, *_MEMO}
+_KNOWN = {"GLOBAL", "MARK", "PROTO", "FRAME", *_LITERALS, *_MAKES, *_TAKES, *_MEMO}
 
 
 class Refusal(Exception):
@@ -74,17 +71,12 @@ class StoredTensor:
         """The tensor, straight to where and how it is wanted. One of a large file that needs no change is the file
         itself, mapped: the file must not be overwritten in place while it is in use."""
         channels_last = channels_last and self.shape[2:] != (1, 1)  # of which either layout is the other
-        dtype, source = dtype or self.dtype, self.tensor.permute(0, 2, 3, 1) if channels_last else self.tensor
-        wanted = source
-        if dtype != self.dtype or not source.is_contiguous():  # numpy's memory has huge pages: a third of the time
-            memory = np.empty(source.numel() * _itemsize(dtype), np.uint8)
-            wanted = torch.from_numpy(memory).view(dtype).view(source.shape).copy_(source)
+        dtype, wanted = dtype or self.dtype, self.tensor.permute(0, 2, 3, 1) if channels_last else self.tensor
+        if dtype != self.dtype or not wanted.is_contiguous():  # numpy's memory has huge pages: a third of the time
+            memory = np.empty(wanted.numel() * torch.empty(0, dtype=dtype).element_size(), np.uint8)
+            wanted = torch.from_numpy(memory).view(dtype).view(wanted.shape).copy_(wanted)
             self.release()
         return (wanted.permute(0, 3, 1, 2) if channels_last else wanted).to(device)
-
-
-def _itemsize(dtype):
-    return torch.empty(0, dtype=dtype).element_size()
 
 
 class _Reader:
@@ -126,7 +118,7 @@ class _Reader:
             argument = op.arg.reader(file) if op.arg else None
             taken = self.take(_TAKES[op.name]) if op.name in _TAKES else []
             if op.name == "STOP":
-                return _attributes(taken[0]) if isinstance(taken[0], Inert) else _bounded(taken[0])
+                return _bounded(taken[0])
             self.step(op.name, argument, taken)
         raise Refusal(f"its pickle has more than {PICKLE_STEPS} instructions")
 
@@ -141,10 +133,8 @@ class _Reader:
     def step(self, name, argument, taken):
         if name in _LITERALS:
             self.stack.append(argument)
-        elif name in _CONSTANTS:
-            self.stack.append(_CONSTANTS[name])
-        elif name in _EMPTY:
-            self.stack.append(_EMPTY[name]())
+        elif name in _MAKES:
+            self.stack.append(_MAKES[name]())
         elif name in _TUPLES:
             self.stack.append(tuple(taken))
         elif name in _FILLS:
@@ -210,8 +200,7 @@ class _Reader:
 
 
 def _records(file):
-    """{name: (where its bytes begin, ZipInfo)} of a zip whose parts follow one another without gap or overlap, so that
-    no other reader could find others in it."""
+    """{name: (begin of its bytes, ZipInfo)} of a zip without gap or overlap, in which no reader could find others."""
     with zipfile.ZipFile(file) as archive:
         infos, directory = sorted(archive.infolist(), key=lambda i: i.header_offset), archive.start_dir
     file.seek(-22, io.SEEK_END)
@@ -264,26 +253,9 @@ def _bounded(content):
     raise Refusal(f"it is nested more than {DEPTH} deep, or holds more than {ITEMS} things")
 
 
-def _attributes(module):
-    """{dotted name: tensor} of a TorchScript module, as its state_dict() names them."""
-    tensors, todo, seen = {}, [("", module)], set()
-    while todo:
-        prefix, module = todo.pop()
-        if id(module) in seen or not isinstance(module.state, dict) or len(prefix) > 1000:
-            continue
-        seen.add(id(module))
-        inner = {f"{prefix}{k}": v for k, v in module.state.items() if isinstance(k, str) and len(k) < 100}
-        todo += [(f"{k}.", v) for k, v in inner.items() if isinstance(v, Inert)]
-        tensors.update({k: v for k, v in inner.items() if isinstance(v, (StoredTensor, torch.Tensor))})
-    return tensors
-
-
 def read_checkpoint(path, lazy=True):
-    """The content of a torch or safetensors file, with StoredTensor in place of its tensors unless `lazy` is False.
-    A TorchScript archive is read as its state dict.
-
-    Raises ModelError, in one line, for a file that is missing, foreign, damaged, or not honest.
-    """
+    """The content of a torch or safetensors file, with StoredTensor in place of its tensors unless `lazy` is False; of
+    a TorchScript archive the Inert module. ModelError for a file that is missing, foreign, damaged, or not honest."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise ModelError(f"{path}: no such file; correct the path, or fetch it first")
@@ -305,10 +277,9 @@ def read_checkpoint(path, lazy=True):
 
 
 def _read_safetensors(path, lazy):
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
-    with safe_open(str(path), framework="pt") as f:
-        tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  mapped
+    tensors = load_file(str(path))  # mapped
     if path.stat().st_size < LARGE:
         tensors = {k: v.clone() for k, v in tensors.items()}
     return {k: StoredTensor(v) for k, v in tensors.items()} if lazy else tensors
@@ -325,11 +296,9 @@ def read_state_dict(path):
 
 
 def load_weights(model, stored, path, device="cpu", dtype=torch.float32):
-    """Puts read_state_dict(path) into a LatentDiffusion, one tensor at a time, and moves it to `device`.
-    U-Net and autoencoder become `dtype`, convolutions in channels_last; the rest keeps its precision. What the file has
-    beyond the model is left out; where it has embeddings of `known_words` alone (their ids, [n]), other words get their
-    mean. ModelError where it lacks a weight, or one has another shape or is not finite.
-    """
+    """Puts read_state_dict(path) into a LatentDiffusion on `device`, one tensor at a time. U-Net and autoencoder become
+    `dtype`, in channels_last. What the model has not is left out; with embeddings of `known_words` alone (ids [n]),
+    other words get their mean. ModelError where a weight is lacking, misshapen or not finite."""
     own, places = model.state_dict(keep_vars=True), set()
     text = "cond_stage_model.transformer."
     stored = {re.sub(rf"^{text}(?!text_model\.)", f"{text}text_model.", str(k)): v for k, v in stored.items()}
@@ -363,12 +332,6 @@ def is_finite(tensor):
     return not tensor.is_floating_point() or bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 
-def fingerprint(module):
-    """Sixteen hexadecimal digits that name a text encoder's weights, the same in float32 and float16."""
-    rows = [m.weight.detach()[:64] for m in module.modules() if isinstance(m, nn.Embedding)]
-    return hashlib.sha256(b"".join(r.half().cpu().numpy().tobytes() for r in rows)).hexdigest()[:16]
-
-
 @contextlib.contextmanager
 def atomic(path):
     """Gives a temporary path beside `path`, renamed to it on success and removed on failure: no half-written file
@@ -383,11 +346,3 @@ def atomic(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
-
-def save_checkpoint(content, path):
-    """torch.save to a temporary name, then renamed. The same content gives the same bytes."""
-    buffer = io.BytesIO()  # given a name, torch.save writes it into the file; its own writer aborts on a full disk
-    torch.save(content, buffer)
-    with atomic(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())

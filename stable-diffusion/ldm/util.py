@@ -1,14 +1,10 @@
-"""Building models from YAML configs, and what every module of ldm shares.
-
-model = load_model("configs/stable-diffusion/v1-inference.yaml", "model.ckpt", device="cuda", dtype=torch.float16)
-"""
+"""Building models from YAML configs, and what every module of ldm shares."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import ctypes
-import functools
 import importlib
 import pathlib
 
@@ -19,7 +15,6 @@ from ldm.checkpoint import load_weights, read_checkpoint, read_state_dict
 from ldm.compat import count_params, default, exists  # noqa: F401  where CompVis's code has them
 
 CONFIGS = {path.stem: path for path in pathlib.Path(__file__).resolve().parents[1].glob("configs/*/*.yaml")}
-TORCH_TARGETS = {"torch.nn.Identity"}  # CompVis's configs have it as lossconfig
 _trust = contextvars.ContextVar("trust", default=False)
 
 
@@ -27,7 +22,7 @@ def get_obj_from_str(path, trust=False):
     """What a dotted path such as "ldm.models.autoencoder.AutoencoderKL" names: a class of ldm or torch.nn.Identity,
     since a config may come from anyone. With `trust`, anything that Python can import."""
     module, _, name = str(path).rpartition(".")
-    if not trust and module.split(".")[0] != "ldm" and path not in TORCH_TARGETS:
+    if not trust and module.split(".")[0] != "ldm" and path != "torch.nn.Identity":
         raise ModelError(f"target {path!r}: not a class of ldm; for one you trust, instantiate_from_config(trust=True)")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -65,12 +60,9 @@ def read_config(path):
 
 
 def load_model(config, ckpt, device="cpu", dtype=torch.float32):
-    """The model of a config with the weights of `ckpt`: frozen, in eval mode, on `device`. A config is a path, its
-    OmegaConf, or None for the one in configs/stable-diffusion/ that the checkpoint names (if it names none, v1).
-
-    Network and autoencoder are in `dtype`, the text encoder in float32, which learned embeddings want. Weights go
-    tensor by tensor from the file to their place: memory peaks at the model's own size.
-    """
+    """The model of a config with the weights of `ckpt`: frozen, in eval mode, network and autoencoder in `dtype`, the
+    text encoder in float32. A config is a path, its OmegaConf, or None for the one in configs/stable-diffusion/ that
+    the checkpoint names (if none, v1). Memory peaks at the model's own size."""
     stored = read_state_dict(ckpt)  # first: its errors come at once
     if config is None:
         config = CONFIGS.get(str(read_checkpoint(ckpt).get("config")), CONFIGS["v1-inference"])
@@ -118,7 +110,6 @@ def torch_version():
     return tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
 
 
-@functools.lru_cache(maxsize=None)
 def cpu_has_fast_bf16():
     """Whether this CPU multiplies bfloat16 matrices in hardware (AMX, or AVX-512 BF16) and this torch uses it."""
     try:
@@ -129,8 +120,8 @@ def cpu_has_fast_bf16():
 
 
 def reuse_freed_memory():
-    """Has glibc, where it is, keep freed blocks for the next layer instead of giving them back and having them zeroed
-    and mapped anew: 15 % of the face U-Net's time on a CPU, a fifth of a training step of Problem 1."""
+    """Has glibc, where it is, keep freed blocks for the next layer, not have them zeroed and mapped anew: on a CPU 15 %
+    of the time of inference, a fifth of a training step."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block in a mapping of its own

@@ -13,10 +13,8 @@ TILE, OVERLAP = 64, 16  # of the tiled decoder, in latent pixels
 
 class AutoencoderKL(nn.Module):
     """encode: images [B, 3, H, W] in [-1, 1] -> posterior over [B, embed_dim, H/f, W/f]; decode: the way back.
-
-    Both take one image at a time, which bounds memory and keeps a picture independent of its batch. `training` is what
-    configs say on training the autoencoder (lossconfig, monitor ...); it is not used.
-    """
+    One image at a time: that bounds memory and keeps a picture independent of its batch. `training`, what configs say
+    on it (lossconfig, monitor ...), is not used."""
 
     def __init__(self, ddconfig, embed_dim, **training):
         super().__init__()

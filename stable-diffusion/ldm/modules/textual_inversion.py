@@ -7,6 +7,7 @@ tokens.save("new1.safetensors", step=500)
 LearnedTokens(model.cond_stage_model).load("new1.safetensors")      # prompts may say <new1> now
 """
 
+import hashlib
 import json
 import pathlib
 import warnings
@@ -20,7 +21,7 @@ from torch import nn
 from transformers import AddedToken
 
 from ldm import ModelError
-from ldm.checkpoint import StoredTensor, atomic, fingerprint, read_checkpoint
+from ldm.checkpoint import StoredTensor, atomic, read_checkpoint
 
 METADATA = ("init_word", "base_model", "step", "scores")
 HEADER = "textual_inversion"  # the one entry of __metadata__: safetensors writes several in any order
@@ -29,9 +30,8 @@ HEADER = "textual_inversion"  # the one entry of __metadata__: safetensors write
 class LearnedTokens(nn.Module):
     """One or several learned vectors for each placeholder, in float32; `parameters()` are these vectors, nothing else.
 
-    The text encoder's table stays as it is, bit for bit: the patch adds the placeholders to the tokenizer, has them
-    spelt out as several ids where they have several vectors, and answers the lookup of these ids, so that gradients
-    reach the vectors through the frozen encoder. The encoder's state dict does not change. `detach()` ends the patch.
+    The encoder's state dict does not change: the patch adds the placeholders to the tokenizer, spelt out as several ids
+    for several vectors, and answers the lookup of these ids, so that gradients reach them through the frozen encoder.
     """
 
     def __init__(self, embedder):
@@ -59,13 +59,9 @@ class LearnedTokens(nn.Module):
 
     @property
     def base_model(self):
-        """Identifies the text encoder's weights: embeddings belong to those they were learned with."""
-        return fingerprint(self.embedder.transformer)
-
-    @property
-    def mean_norm(self):
-        """Mean length of the vocabulary's vectors: learned ones that are much longer drown the rest of a prompt."""
-        return float(self.table.weight.detach().float().norm(dim=1).mean())
+        """Sixteen hexadecimal digits that name the text encoder's weights, the same in float32 and float16."""
+        rows = [m.weight.detach()[:64] for m in self.embedder.transformer.modules() if isinstance(m, nn.Embedding)]
+        return hashlib.sha256(b"".join(r.half().cpu().numpy().tobytes() for r in rows)).hexdigest()[:16]
 
     def __contains__(self, token):
         return token in self.tokens
@@ -80,10 +76,8 @@ class LearnedTokens(nn.Module):
         """Vectors [vectors, dim] to start from: one is the mean of all words, several are the words' own, in turns."""
         words = words.replace(",", " ").split() if isinstance(words, str) else list(words)
         ids = [self.embedder.tokenizer(w, add_special_tokens=False)["input_ids"] for w in words]
-        if not words or not all(ids):
-            raise ModelError(f"initial words {words}: give at least one word that the tokenizer knows")
-        if 1 < vectors < len(words):
-            raise ModelError(f"initial words {words}: more words than the {vectors} vectors")
+        if not words or not all(ids) or 1 < vectors < len(words):
+            raise ModelError(f"initial words {words}: take words of the tokenizer, of several vectors one each at most")
         means = torch.stack([self.table.weight.detach()[i].float().mean(0) for i in ids]).cpu()
         return means.mean(0, keepdim=True) if vectors == 1 else means[torch.arange(vectors) % len(means)]
 
@@ -116,10 +110,7 @@ class LearnedTokens(nn.Module):
 
     def save(self, path, tokens=None, **metadata):
         """Writes {token: float32 [vectors, dim]} as safetensors, which diffusers and others load if it is one token.
-
-        `metadata`, what was given to `add`, and `base_model` go into the header, as JSON. The same content gives the
-        same bytes, written to a temporary name first.
-        """
+        `metadata`, what was given to `add`, and `base_model` go into the header. The same content, the same bytes."""
         tokens, told = self.tokens if tokens is None else tokens, {}
         for key in {key for token in tokens for key in self.metadata[token]}:
             values = {token: self.metadata[token][key] for token in tokens if key in self.metadata[token]}
@@ -149,12 +140,9 @@ class LearnedTokens(nn.Module):
 
 
 def read_embeddings(path, token=None):
-    """({token: float32 [vectors, dim]}, {init_word, base_model, step, scores}) of an embedding file; it runs no code.
-
-    Formats: ours, of today and the .pt of before; diffusers' learned_embeds.bin or .safetensors ({token: tensor});
-    automatic1111's .pt and .safetensors (the token is the entry "name", or the file's name); rinongal's embeddings.pt
-    (the placeholder is usually *); a bare tensor, where its `token` is given.
-    """
+    """({token: float32 [vectors, dim]}, {init_word, base_model, step, scores}) of a file: ours, or our .pt of before;
+    diffusers' learned_embeds ({token: tensor}); automatic1111's (the token is its "name", or the file's); rinongal's
+    embeddings.pt (the placeholder is usually *); a bare tensor, where its `token` is given."""
     content = read_checkpoint(path)
     if isinstance(content, StoredTensor) and token is not None:
         content = {token: content}

@@ -1,7 +1,4 @@
-"""DDIM, and PLMS, the same steps along an extrapolated eps.
-
-latents, _ = DDIMSampler(model).sample(50, batch_size, [4, 64, 64], c, eta=0.0)
-"""
+"""DDIM, and PLMS, the same steps along an extrapolated eps."""
 
 import torch
 
@@ -29,9 +26,8 @@ def ddim_step(x, eps, abar_t, abar_s, sigma=0.0):
 def ddim(eps_model, x_T, alphas_cumprod, steps, eta=0.0, noise=None, last=None):
     """DDIM (Song et al. 2021, eq. 12, 16), a generator of (t, x_t, x_0 prediction).
 
-    eta = 0 is deterministic, eta = 1 draws as much noise as DDPM; `noise()` gives [B, C, H, W]. As in CompVis's code
-    the last step goes to t = 0, not to the data itself. `last`: only so many of the last steps, for an x_t of their
-    first time in place of x_T.
+    eta = 0 is deterministic, eta = 1 draws DDPM's noise; `noise()` gives [B, C, H, W]. The last step goes to t = 0, as
+    CompVis's. `last`: only so many of the last steps, from an x_t in place of x_T.
     """
     abar, x = alphas_cumprod.cpu().double().tolist(), x_T
     times = ddim_times(len(abar), steps)[:last]

@@ -8,7 +8,7 @@ from torch import nn
 
 from ldm.compat import TrainingNames
 from ldm.models.diffusion.sampling import as_tensor
-from ldm.modules.attention import Memory
+from ldm.modules.attention import Memory, named
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import instantiate_from_config
 
@@ -24,22 +24,9 @@ TRAINING_ONLY = set(
 TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
 
 
-class DiffusionWrapper(nn.Module):
-    """Carries the network under the checkpoint's name, model.diffusion_model."""
-
-    def __init__(self, unet_config):
-        super().__init__()
-        self.diffusion_model = instantiate_from_config(unet_config)
-
-    def forward(self, x, t, c_crossattn):
-        return self.diffusion_model(x, t, context=torch.cat(list(c_crossattn), dim=1))
-
-
 class LatentDiffusion(TrainingNames, nn.Module):
     """Stable Diffusion v1. Latents are [B, 4, H/8, W/8], images [B, 3, H, W] in [-1, 1], conditionings [B, 77, 768].
-
-    The network runs in its own precision; what goes in and comes out keeps the caller's: samplers work in float32.
-    """
+    The network runs in its own precision, `dtype`; what goes in and comes out keeps the caller's."""
 
     def __init__(self, first_stage_config, cond_stage_config, unet_config, timesteps=1000, scale_factor=1.0, **config):
         super().__init__()
@@ -52,7 +39,7 @@ class LatentDiffusion(TrainingNames, nn.Module):
         config, self.scale_factor, self.parameterization = {**DEFAULTS, **config}, scale_factor, "eps"
         for name in ("image_size", "channels", "cond_stage_trainable"):
             setattr(self, name, config[name])
-        self.model = DiffusionWrapper(unet_config)
+        self.model = named(diffusion_model=instantiate_from_config(unet_config))
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
         self.cond_stage_model = instantiate_from_config(cond_stage_config)
         self.register_schedule(None, "linear", timesteps, config["linear_start"], config["linear_end"])
@@ -61,10 +48,8 @@ class LatentDiffusion(TrainingNames, nn.Module):
     def register_schedule(
         self, given_betas=None, beta_schedule="linear", timesteps=1000, linear_start=1e-4, linear_end=2e-2
     ):
-        """The constants of Ho et al. 2020 as float32 buffers [T], under the names that checkpoints have.
-
-        "linear", the only one without given betas [T], is linear in sqrt(beta), in latent diffusion's terms.
-        """
+        """The constants of Ho et al. 2020 as float32 buffers [T], by the checkpoints' names, from given betas [T] or,
+        "linear" in latent diffusion's terms, those linear in sqrt(beta)."""
         if given_betas is None and beta_schedule != "linear":
             raise ValueError(f"beta_schedule {beta_schedule!r}: give the betas themselves")
         betas = torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64) ** 2
@@ -93,11 +78,13 @@ class LatentDiffusion(TrainingNames, nn.Module):
         self.register_buffer("logvar", torch.zeros(len(betas), device=device), persistent=False)
 
     def _unpack_words(self, state_dict, prefix, *unused):
-        """A small checkpoint has the text encoder's rows for the ids `known_words` alone."""
+        """A small checkpoint has the text encoder's rows for the ids `known_words`; other words get their mean."""
         known = state_dict.pop(prefix + "known_words", None)
         if known is not None and prefix + TABLE in state_dict:
-            rows = state_dict[prefix + TABLE]
-            state_dict[prefix + TABLE] = self.cond_stage_model.transformer.whole_table(rows, known)
+            rows, text = state_dict[prefix + TABLE], self.cond_stage_model.transformer
+            state_dict[prefix + TABLE] = table = text.get_input_embeddings().weight.detach().clone()
+            table[: text.words] = rows.float().mean(0)  # words that were added stay
+            table[known.long()] = rows.to(table)
 
     def _apply(self, fn, *args, **kwargs):
         """model.half() and the like move the schedule, but leave it in float32."""
@@ -112,7 +99,6 @@ class LatentDiffusion(TrainingNames, nn.Module):
 
     @property
     def dtype(self):
-        """Precision of the U-Net."""
         return next(self.model.parameters()).dtype
 
     @contextlib.contextmanager
@@ -153,9 +139,8 @@ class LatentDiffusion(TrainingNames, nn.Module):
     def apply_model(self, x_noisy, t, cond):
         """eps predicted from x_t, t [B] (may be fractions) and cond: a tensor, a list, {"c_crossattn": list}, or what
         `remember` made of one."""
-        if isinstance(cond, Memory):
-            return self.model.diffusion_model(x_noisy.to(self.dtype), t, cond).to(x_noisy.dtype)
-        return self.model(x_noisy.to(self.dtype), t, [as_tensor(cond).to(self.dtype)]).to(x_noisy.dtype)
+        cond = cond if isinstance(cond, Memory) else as_tensor(cond).to(self.dtype)
+        return self.model.diffusion_model(x_noisy.to(self.dtype), t, cond).to(x_noisy.dtype)
 
     def p_losses(self, x_start, cond, t, noise=None):
         """(loss, dict of parts): mean squared error of the predicted eps (Ho et al. 2020, eq. 14)."""

@@ -44,6 +44,7 @@ class Sampler:
     """`sample` as CompVis has it, over the generator `steps(eps_model, x_T, S, eta, noise)` of a subclass."""
 
     OPTIONS = "eta x_T noise unconditional_guidance_scale unconditional_conditioning fast".split()
+    KEEPS = True  # whether `sample` returns intermediates
 
     def __init__(self, model, schedule="linear", **unused):
         self.model = model
@@ -81,7 +82,4 @@ class Sampler:
             if i % every == 0 or i == S - 1:
                 inter["x_inter"].append(x)
                 inter["pred_x0"].append(x_0)
-        return x, self.intermediates(inter)
-
-    def intermediates(self, collected):
-        return collected
+        return x, inter if self.KEEPS else None

@@ -1,8 +1,7 @@
 """The autoencoder's posterior."""
 
-import math
-
 import torch
+from torch.distributions import Normal, kl_divergence
 
 
 class DiagonalGaussianDistribution:
@@ -24,10 +23,9 @@ class DiagonalGaussianDistribution:
 
     def kl(self, other=None):
         """KL(self || other), of N(0, I) by default, in nats: [B]."""
-        mean, logvar = (0.0, 0.0 * self.logvar) if other is None else (other.mean, other.logvar)
-        terms = ((self.mean - mean) ** 2 + self.var) / logvar.exp() - 1.0 + logvar - self.logvar
-        return 0.5 * terms.flatten(1).sum(1)
+        other = Normal(0.0, 1.0) if other is None else Normal(other.mean, other.std)
+        return kl_divergence(Normal(self.mean, self.std), other).flatten(1).sum(1)
 
     def nll(self, sample, dims=(1, 2, 3)):
         """-log p(sample), summed over `dims`."""
-        return 0.5 * (math.log(2 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var).sum(tuple(dims))
+        return -Normal(self.mean, self.std).log_prob(sample).sum(tuple(dims))

@@ -24,10 +24,9 @@ HUB_MODELS = {"openai/clip-vit-large-patch14": (768, 12, 12, 3072), "openai/clip
 class FrozenCLIPEmbedder(nn.Module):
     """Prompts -> hidden states of CLIP's text model after its final layer norm, [B, max_length, width].
 
-    version: one of HUB_MODELS, for its sizes alone (nothing is fetched: weights come from the Stable Diffusion
-    checkpoint), or a folder in transformers' layout: config.json, and where it has them, the tokenizer's files and
-    weights. `config` overrides sizes. In state dicts, weights have the names of sd-v1-4.ckpt under any transformers.
-    `expansions`, {token id: ids}, spells out placeholders of several learned vectors.
+    version: one of HUB_MODELS, for its sizes alone (the Stable Diffusion checkpoint has the weights), or a folder in
+    transformers' layout: config.json, and where it has them, the tokenizer's files and weights. `config` overrides
+    sizes. `expansions`, {token id: ids}, spells out placeholders of several learned vectors.
     """
 
     def __init__(self, version="openai/clip-vit-large-patch14", device="cpu", max_length=77, config=None):
@@ -76,10 +75,8 @@ class FrozenCLIPEmbedder(nn.Module):
 
 
 class TextModel(CLIPTextModel):
-    """CLIPTextModel with the names of transformers 4 under any version: text_model.* and position_ids in state dicts.
-
-    Transformers 5 dropped the level text_model, 4.31 the saved position_ids (a constant: 0, 1, 2 ...).
-    """
+    """CLIPTextModel with transformers 4's names in state dicts under any version: text_model.*, a level that 5 dropped,
+    and position_ids (0, 1, 2 ...), as 4.31 did."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -92,14 +89,6 @@ class TextModel(CLIPTextModel):
         before = len(self.get_input_embeddings().weight)
         table = super().resize_token_embeddings(size, *args, **kwargs)
         table.weight.requires_grad_(table.weight.requires_grad or len(table.weight) != before)
-        return table
-
-    def whole_table(self, rows, known):
-        """The table [words, dim] with the given rows at the ids `known`, their mean at the rest of the vocabulary, and
-        what it has now at words that were added."""
-        table = self.get_input_embeddings().weight.detach().clone()
-        table[: self.words] = rows.float().mean(0)
-        table[known.long()] = rows.to(table)
         return table
 
     def __getattr__(self, name):
@@ -161,10 +150,8 @@ def _tokenizer(version, max_length):
 
 
 def write_clip_vocabulary(folder):
-    """Writes vocab.json and merges.txt, as CLIPTokenizer wants them, from the BPE file inside the `clip` package.
-
-    The vocabulary (CLIP's simple_tokenizer): 256 bytes as letters, the same ending a word, merges, start, end.
-    """
+    """Writes vocab.json and merges.txt, as CLIPTokenizer wants them, from the BPE file inside the `clip` package: 256
+    bytes as letters, the same ending a word, merges, start, end (CLIP's simple_tokenizer)."""
     spec, folder = importlib.util.find_spec("clip"), pathlib.Path(folder)
     path = pathlib.Path(spec.origin if spec and spec.origin else "").parent / "bpe_simple_vocab_16e6.txt.gz"
     if not path.is_file():

@@ -1,9 +1,4 @@
-"""DPM-Solver++ for discrete-time models.
-
-sampler = DPMSolverSampler(model)
-latents, _ = sampler.sample(25, batch_size, [4, 64, 64], c, unconditional_guidance_scale=7.5,
-                            unconditional_conditioning=uc)
-"""
+"""DPM-Solver++ for discrete-time models."""
 
 import numpy as np
 import torch
@@ -28,7 +23,7 @@ def dpm_solver_pp(eps_model, x_T, alphas_cumprod, steps):
     alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
     lam = log_alpha - np.log(sigma)
     x, before = x_T, None
-    for s, t in zip(range(steps), range(1, steps + 1)):
+    for s, t in enumerate(range(1, steps + 1)):
         eps = eps_model(x, (times[s] - 1.0 / T) * T)
         x_0 = (x - float(sigma[s]) * eps) / float(alpha[s])
         h, D = lam[t] - lam[s], x_0
@@ -43,8 +38,7 @@ def dpm_solver_pp(eps_model, x_T, alphas_cumprod, steps):
 class DPMSolverSampler(Sampler):
     """DPM-Solver++(2M); `sample` returns (latents, None). Deterministic: eta is not used."""
 
+    KEEPS = False
+
     def steps(self, eps_model, x_T, S, eta, noise):
         return dpm_solver_pp(eps_model, x_T, self.model.alphas_cumprod, S)
-
-    def intermediates(self, collected):
-        return None
