@@ -133,6 +133,16 @@ def encode(model, files, recipe, flip):
     return moments[:, :-1].flatten(0, 1), moments[:, -1]
 
 
+def initial(tokens, words, vectors=1):
+    """Vectors [vectors, dim] to start from: one is the mean of all words, several are the words' own, in turns."""
+    words, tokenizer = words.replace(",", " ").split(), tokens.embedder.tokenizer
+    ids = [tokenizer(w, add_special_tokens=False)["input_ids"] for w in words]
+    if not words or not all(ids) or 1 < vectors < len(words):
+        raise UserError(f"initial words {words}: take words of the tokenizer, of several vectors one each at most")
+    means = torch.stack([tokens.table.weight.detach()[i].float().mean(0) for i in ids]).cpu()
+    return means.mean(0, keepdim=True) if vectors == 1 else means[torch.arange(vectors) % len(means)]
+
+
 # -------------------------------------------------------------------------------- loss
 
 
@@ -186,7 +196,7 @@ class Inversion:
         self.token, self.kind, self.work = concept.token, kind_of(concept), utils.output_folder(work)
         word = recipe.init_word or concept.init_word or concept.word
         if self.token not in tokens:
-            tokens.add(self.token, tokens.initial(word, recipe.vectors), init_word=word)
+            tokens.add(self.token, initial(tokens, word, recipe.vectors), init_word=word)
         self.vectors, self.losses = tokens[self.token], []
         self.optimizer = torch.optim.AdamW([self.vectors], lr=recipe.lr * recipe.batch, weight_decay=0.0)
         self.scaler = utils.grad_scaler(model.device, model.dtype)

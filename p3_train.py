@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import p3_model  # isort: skip  (it puts ldm on the path)
+from ldm.checkpoint import TABLE
 from ldm.util import CONFIGS, instantiate_from_config, read_config
 
 import utils
@@ -38,7 +39,6 @@ from train_common import Batches, add_run_options, fit, lightning_trainer, warmu
 from utils import Parser, UserError, cli
 
 ATTENTION = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
 
 
 class Stage(pl.LightningModule):
@@ -201,6 +201,7 @@ def train_clip(args, config, pictures):
     metrics = run(Contrastive(network, args), Batches(len(train), batch), held_back)
     whole = whole_clip(network, words.ids)
     text = {f"transformer.{k}": v for k, v in transformers_names(whole).items() if k.startswith("text_model.")}
+    text["transformer.text_model.embeddings.position_ids"] = torch.arange(len(whole["positional_embedding"]))[None]
     utils.save_checkpoint({"text": text, "ids": words.ids, "metrics": metrics}, args.out.parent / "text.pt")
     save_clip(whole, args.out.parent / "clip.pt")
 

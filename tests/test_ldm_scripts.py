@@ -234,9 +234,9 @@ def test_txt2img_writes_pictures_that_do_not_depend_on_the_batch(txt2img, tmp_pa
 
 def test_txt2img_options(txt2img, files, tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog\n\na cat\na <new1> and a <new2>\n")
-    for name, words in (("new1", "corgi"), ("new2", "cartoon")):
+    for name, n in (("new1", 1), ("new2", 2)):
         tokens = LearnedTokens(load_model(*files).cond_stage_model)
-        tokens.add(f"<{name}>", tokens.initial(words))
+        tokens.add(f"<{name}>", torch.randn(n, 32))
         tokens.save(tmp_path / f"{name}.safetensors")
     code, out, err = txt2img(
         tmp_path,

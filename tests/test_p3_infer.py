@@ -15,6 +15,7 @@ from PIL import Image
 
 import p3_infer
 import p3_model
+from p3_invert import initial
 from utils import UserError, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ def embeddings(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("embeddings")
     tokens = p3_model.learned_tokens(p3_tiny.load(files))
     for token, words, vectors in (("<new1>", "corgi dog", 2), ("<new2>", "painting", 1)):
-        tokens.add(token, tokens.initial(words, vectors), init_word=words)
+        tokens.add(token, initial(tokens, words, vectors), init_word=words)
         tokens.save(p3_model.embedding_path(folder, token), [token], step=1)
     return folder
 
@@ -191,7 +192,7 @@ def test_pictures_of_other_prompts_settings_or_embeddings_are_made_anew(task, fi
     task += ["--scale", "5"]
     assert made() == 12
     tokens = p3_model.learned_tokens(p3_tiny.load(files))
-    tokens.add("<new2>", tokens.initial("cartoon"))
+    tokens.add("<new2>", initial(tokens, "cartoon"))
     tokens.save(tmp_path / "new2.safetensors")
     source = Path(task[task.index("--embeddings") + 1])
     (tmp_path / "new1.safetensors").write_bytes((source / "new1.safetensors").read_bytes())

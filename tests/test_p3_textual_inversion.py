@@ -102,7 +102,7 @@ def test_the_loss_on_the_concepts_pictures_falls(model, tmp_path):
 
 def test_only_the_new_rows_change_bit_for_bit(model, tmp_path):
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    start = p3_model.learned_tokens(model).initial("dog")
+    start = p3_invert.initial(p3_model.learned_tokens(model), "dog")
     _, vectors = run(model, tmp_path)
     after = model.state_dict()
     assert set(after) == set(before) and all(torch.equal(after[k], before[k]) for k in before)
@@ -110,13 +110,13 @@ def test_only_the_new_rows_change_bit_for_bit(model, tmp_path):
 
 
 def test_every_one_of_several_vectors_moves(model, tmp_path):
-    start = p3_model.learned_tokens(model).initial("dog", 3)
+    start = p3_invert.initial(p3_model.learned_tokens(model), "dog", 3)
     _, vectors = run(model, tmp_path, TINY._replace(vectors=3))
     assert vectors.shape == (3, 32) and bool(((vectors - start).abs() > 0).all())
 
 
 def test_the_first_step_moves_by_the_learning_rate_times_pictures_a_step(model, tmp_path):
-    start = p3_model.learned_tokens(model).initial("dog")
+    start = p3_invert.initial(p3_model.learned_tokens(model), "dog")
     _, vectors = run(model, tmp_path, TINY._replace(steps=1, lr=1e-3, batch=2))
     assert torch.allclose((vectors - start).abs(), torch.tensor(2e-3), rtol=1e-2)
 

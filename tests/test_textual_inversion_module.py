@@ -9,6 +9,8 @@ import torch
 from ldm.modules.textual_inversion import LearnedTokens, read_embeddings
 from ldm.util import ModelError
 
+from p3_invert import initial
+
 
 @pytest.fixture(scope="module")
 def models():
@@ -47,31 +49,31 @@ def loss_of(model, prompts):
 
 def test_a_placeholder_starts_as_its_word(fresh):
     model, tokens = fresh()
-    tokens.add("<new1>", tokens.initial("corgi"))
+    tokens.add("<new1>", initial(tokens, "corgi"))
     said = model.get_learned_conditioning
     assert torch.equal(said("a <new1>, running"), said("a corgi, running"))
 
 
 def test_several_vectors_stand_in_a_row(fresh):
     model, tokens = fresh()
-    tokens.add("<new1>", tokens.initial("small brown dog", 3))
+    tokens.add("<new1>", initial(tokens, "small brown dog", 3))
     said = model.get_learned_conditioning
     assert torch.equal(said("a <new1> here"), said("a small brown dog here"))
 
 
 def test_initial_words_are_averaged_or_taken_in_turns(fresh):
     _, tokens = fresh()
-    dog, cat = (tokens.initial(w)[0] for w in ("dog", "cat"))
-    assert torch.allclose(tokens.initial("dog, cat"), torch.stack([dog, cat]).mean(0)[None])
-    assert torch.equal(tokens.initial(["dog", "cat"], 4), torch.stack([dog, cat, dog, cat]))
+    dog, cat = (initial(tokens, w)[0] for w in ("dog", "cat"))
+    assert torch.allclose(initial(tokens, "dog, cat"), torch.stack([dog, cat]).mean(0)[None])
+    assert torch.equal(initial(tokens, "dog cat", 4), torch.stack([dog, cat, dog, cat]))
     for words, vectors in (("", 1), ("a b c", 2)):
         with pytest.raises(ModelError):
-            tokens.initial(words, vectors)
+            initial(tokens, words, vectors)
 
 
 def test_placeholders_are_found_beside_punctuation_and_by_their_case(fresh):
     model, tokens = fresh()
-    tokens.add("<new1>", tokens.initial("dog"))
+    tokens.add("<new1>", initial(tokens, "dog"))
     embedder = model.cond_stage_model
     new = embedder.tokenizer.convert_tokens_to_ids("<new1>")
     for prompt, count in (("<new1>", 1), ("a <new1>'s bone.", 1), ("(<new1>),<new1>", 2), ("<New1>", 0), ("new1", 0)):
@@ -80,7 +82,7 @@ def test_placeholders_are_found_beside_punctuation_and_by_their_case(fresh):
 
 def test_several_vectors_count_toward_the_length_of_a_prompt(fresh):
     model, tokens = fresh()
-    tokens.add("<new1>", tokens.initial("dog", 10))
+    tokens.add("<new1>", initial(tokens, "dog", 10))
     with pytest.warns(UserWarning, match="80 tokens"):
         assert model.cond_stage_model.tokenize("<new1> " * 8).shape == (1, 77)
 
@@ -91,8 +93,8 @@ def test_several_vectors_count_toward_the_length_of_a_prompt(fresh):
 def test_only_the_new_rows_learn_and_all_of_them_do(fresh):
     model, tokens = fresh()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    tokens.add("<new1>", tokens.initial("corgi"))
-    tokens.add("<new2>", tokens.initial("cartoon painting", 3))
+    tokens.add("<new1>", initial(tokens, "corgi"))
+    tokens.add("<new2>", initial(tokens, "cartoon painting", 3))
     start = [p.detach().clone() for p in tokens.parameters()]
     optimizer = torch.optim.AdamW(tokens.parameters(), lr=1e-2, weight_decay=0.0)
     for _ in range(3):
@@ -112,7 +114,7 @@ def test_vectors_stay_float32_below_a_half_precision_network(fresh):
     model = ldm_tiny.tiny_model()
     model.model.to(torch.bfloat16)
     tokens = LearnedTokens(model.cond_stage_model)
-    tokens.add("<new1>", tokens.initial("corgi"))
+    tokens.add("<new1>", initial(tokens, "corgi"))
     loss_of(model, ["a <new1>"]).backward()
     assert tokens["<new1>"].dtype == tokens["<new1>"].grad.dtype == torch.float32
     assert tokens["<new1>"].grad.abs().max() > 0
@@ -122,8 +124,8 @@ def test_a_planted_embedding_is_recovered(fresh):
     """The eps that a hidden vector causes is enough to find a vector that causes the same."""
     model, tokens = fresh()
     draw = torch.Generator().manual_seed(0)
-    tokens.add("<truth>", tokens.initial("castle"))
-    tokens.add("<new1>", tokens.initial("castle") + 0.5 * torch.randn(1, 32, generator=draw))
+    tokens.add("<truth>", initial(tokens, "castle"))
+    tokens.add("<new1>", initial(tokens, "castle") + 0.5 * torch.randn(1, 32, generator=draw))
     optimizer = torch.optim.Adam(tokens.rows[1:], lr=0.05)
     losses = []
     for _ in range(150):
@@ -142,8 +144,8 @@ def test_a_planted_embedding_is_recovered(fresh):
 
 def test_two_files_give_the_conditioning_of_one_with_both(fresh, tmp_path):
     model, tokens = fresh()
-    tokens.add("<new1>", tokens.initial("corgi"), init_word="corgi")
-    tokens.add("<new2>", tokens.initial("cartoon", 2), init_word="cartoon")
+    tokens.add("<new1>", initial(tokens, "corgi"), init_word="corgi")
+    tokens.add("<new2>", initial(tokens, "cartoon", 2), init_word="cartoon")
     tokens.save(tmp_path / "both.safetensors", step=7, scores={"image": 80.0})
     tokens.save(tmp_path / "one.safetensors", ["<new1>"], step=1)
     tokens.save(tmp_path / "two.safetensors", ["<new2>"])
@@ -167,7 +169,7 @@ def test_two_files_give_the_conditioning_of_one_with_both(fresh, tmp_path):
 
 def test_an_embedding_is_a_small_file(fresh, tmp_path):
     _, tokens = fresh()
-    tokens.add("<new1>", tokens.initial("corgi"))
+    tokens.add("<new1>", initial(tokens, "corgi"))
     tokens.save(tmp_path / "e.safetensors")
     assert (tmp_path / "e.safetensors").stat().st_size < 5000
 
@@ -225,7 +227,7 @@ def test_a_bare_tensor_is_an_embedding_where_its_token_is_given(fresh, tmp_path)
 
 def test_writing_twice_gives_the_same_bytes(fresh, tmp_path):
     _, tokens = fresh()
-    tokens.add("<new1>", tokens.initial("corgi"), init_word="corgi")
+    tokens.add("<new1>", initial(tokens, "corgi"), init_word="corgi")
     for name in ("a", "b"):
         tokens.save(tmp_path / name, step=7, scores={"image": 80.0, "text": 30.0})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -271,7 +273,7 @@ def test_diffusers_reads_our_file_and_says_the_same_and_we_read_its(fresh, tmp_p
 
 def test_an_embedding_of_another_text_encoder_is_warned_of(fresh, tmp_path):
     _, tokens = fresh()
-    tokens.add("<new1>", tokens.initial("corgi"))
+    tokens.add("<new1>", initial(tokens, "corgi"))
     tokens.save(tmp_path / "e.safetensors", base_model="0123456789abcdef")
     _, other = fresh(1)
     with pytest.warns(UserWarning, match="another text encoder"):
@@ -307,14 +309,14 @@ def test_bad_placeholders_and_vectors_are_refused(fresh, token, vectors, word):
 
 def test_a_placeholder_is_added_once(fresh):
     _, tokens = fresh()
-    tokens.add("<new1>", tokens.initial("dog"))
+    tokens.add("<new1>", initial(tokens, "dog"))
     with pytest.raises(ModelError, match="<new1>"):
-        tokens.add("<new1>", tokens.initial("dog"))
+        tokens.add("<new1>", initial(tokens, "dog"))
 
 
 def test_unknown_tokens_are_named(fresh):
     _, tokens = fresh()
-    tokens.add("<new1>", tokens.initial("dog"))
+    tokens.add("<new1>", initial(tokens, "dog"))
     with pytest.raises(ModelError, match="<new2>.*<new1>"):
         tokens["<new2>"]
 
@@ -336,7 +338,7 @@ def test_files_that_hold_no_embedding_are_refused(fresh, tmp_path):
 
 def test_detaching_ends_the_patch(fresh):
     model, tokens = fresh()
-    tokens.add("<new1>", tokens.initial("dog"))
+    tokens.add("<new1>", initial(tokens, "dog"))
     tokens.detach()
     with pytest.raises(IndexError):
         model.get_learned_conditioning("<new1>")

@@ -21,16 +21,17 @@ import zlib
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from ldm import ModelError
 
 LARGE = 2**28  # bytes from which on a file is mapped, not read, and its sums are left to the download
 PICKLE_BYTES, PICKLE_STEPS, ITEMS, DEPTH = 2**24, 1_000_000, 1_000_000, 64  # the most that a pickle may have
+TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
 _STORAGES = "Double Float Half BFloat16 Long Int Short Char Byte Bool".split()
 _DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
 _DTYPES = {f"torch.{s}Storage": getattr(torch, d) for s, d in zip(_STORAGES, _DTYPES)}
-_REBUILD = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
 # names that checkpoints have; one with any other is refused
 _NAMES = re.compile(
     r"(pytorch_lightning|lightning\w*|omegaconf|transformers|ldm|numpy|argparse|pathlib|typing|collections|_codecs"
@@ -157,7 +158,7 @@ class _Reader:
 
     def call(self, function, arguments):
         """What a class or function of the file gives."""
-        if function.name in _REBUILD:
+        if function.name.startswith("torch._utils._rebuild_tensor"):  # or _rebuild_tensor_v2
             return self.tensor(*arguments[:4])
         if function.name == "torch._tensor._rebuild_from_type_v2":
             return self.call(arguments[0], arguments[2])
@@ -277,8 +278,6 @@ def read_checkpoint(path, lazy=True):
 
 
 def _read_safetensors(path, lazy):
-    from safetensors.torch import load_file
-
     tensors = load_file(str(path))  # mapped
     if path.stat().st_size < LARGE:
         tensors = {k: v.clone() for k, v in tensors.items()}
@@ -297,19 +296,19 @@ def read_state_dict(path):
 
 def load_weights(model, stored, path, device="cpu", dtype=torch.float32):
     """Puts read_state_dict(path) into a LatentDiffusion on `device`, one tensor at a time. U-Net and autoencoder become
-    `dtype`, in channels_last. What the model has not is left out; with embeddings of `known_words` alone (ids [n]),
-    other words get their mean. ModelError where a weight is lacking, misshapen or not finite."""
+    `dtype`, in channels_last. What the model has not is left out. ModelError where a weight is lacking, misshapen or
+    not finite."""
     own, places = model.state_dict(keep_vars=True), set()
     text = "cond_stage_model.transformer."
     stored = {re.sub(rf"^{text}(?!text_model\.)", f"{text}text_model.", str(k)): v for k, v in stored.items()}
-    table, known = f"{text}text_model.embeddings.token_embedding.weight", stored.pop("known_words", None)
-    if known is not None and table in stored:
-        rows = stored.pop(table).load(dtype=torch.float32)
+    if "known_words" in stored:
+        words = {k: stored.pop(k).load() for k in [*stored] if k in ("known_words", TABLE)}
         try:
-            own.pop(table).data.copy_(rows.mean(0))[known.load(dtype=torch.int64)] = rows
+            model.unpack_words(words)
         except (IndexError, RuntimeError):
-            raise ModelError(f"{path}: {table} and known_words do not fit the model in this config") from None
-    may_lack = set(model.schedule_names) | {k for k in own if k.endswith("position_ids")}
+            raise ModelError(f"{path}: {TABLE} and known_words do not fit the model in this config") from None
+        stored.update({k: StoredTensor(v) for k, v in words.items()})
+    may_lack = {*getattr(model, "schedule_names", ()), *(k for k in own if k.endswith("position_ids"))}
     for name, target in own.items():
         if name not in stored and name not in may_lack:
             raise ModelError(f"{path}: lacks {name}; it is not a checkpoint of the model in this config")

@@ -1,10 +1,14 @@
 """Names that scripts for CompVis's and the course's ldm use, and nothing else here; each says who calls it."""
 
-import bisect
+import contextlib
+import itertools
 import types
 
 import torch
 import torch.nn.functional as F
+
+from ldm.models.diffusion.dpm_solver import dpm_solver_pp
+from ldm.models.diffusion.sampling import guided, uniform_times
 
 
 def exists(value):
@@ -32,13 +36,12 @@ class LambdaLinearScheduler:
     """
 
     def __init__(self, warm_up_steps, f_min, f_max, f_start, cycle_lengths, verbosity_interval=0):
-        self.cycles = list(zip(warm_up_steps, f_min, f_max, f_start, cycle_lengths))
-        self.ends = [sum(cycle_lengths[: i + 1]) for i in range(len(cycle_lengths))]
+        ends = itertools.accumulate(cycle_lengths)
+        self.cycles = list(zip(ends, warm_up_steps, f_min, f_max, f_start, cycle_lengths))
 
     def schedule(self, n, **kwargs):
-        cycle = min(bisect.bisect_left(self.ends, n), len(self.ends) - 1)
-        warm_up, f_min, f_max, f_start, length = self.cycles[cycle]
-        n -= self.ends[cycle] - length
+        end, warm_up, f_min, f_max, f_start, length = next((c for c in self.cycles if n <= c[0]), self.cycles[-1])
+        n -= end - length
         if n < warm_up:
             return f_start + (f_max - f_start) * n / warm_up
         return f_min + (f_max - f_min) * (length - n) / length
@@ -47,23 +50,26 @@ class LambdaLinearScheduler:
 
 
 class TrainingNames:
-    """Of LatentDiffusion: students' own copies of its p_losses, and of its samplers."""
+    """Of LatentDiffusion: students' own copies of its p_losses, and of its samplers; txt2img.py calls ema_scope."""
 
     l_simple_weight, original_elbo_weight = 1.0, 0.0
+
+    def ema_scope(self, context=None):
+        """Does nothing: the weights of sd-v1-4.ckpt are the averaged ones already."""
+        return contextlib.nullcontext()
 
     def get_loss(self, pred, target, mean=True):
         """The squared error, of each element unless `mean`."""
         return F.mse_loss(pred, target, reduction="mean" if mean else "none")
 
     @torch.no_grad()
-    def p_sample_loop(self, cond, shape, return_intermediates=False, x_T=None, verbose=True, timesteps=None, **options):
+    def p_sample_loop(self, cond, shape, return_intermediates=False, timesteps=None, **options):
         """Samplers without guidance: latents of `shape` [B, C, h, w] by DDPM, as DDIM with eta 1, in all steps
         or in `timesteps` (of which CompVis's code would make the last of a thousand)."""
         from ldm.models.diffusion.ddim import DDIMSampler
 
         steps = min(timesteps or self.num_timesteps, self.num_timesteps - 1)
-        options = {"eta": 1.0, "x_T": x_T, "verbose": verbose, **options}
-        latents, inter = DDIMSampler(self).sample(steps, shape[0], tuple(shape[1:]), cond, **options)
+        latents, inter = DDIMSampler(self).sample(steps, shape[0], shape[1:], cond, **{"eta": 1.0, **options})
         return (latents, inter["x_inter"]) if return_intermediates else latents
 
 
@@ -71,9 +77,7 @@ class ImageToImage:
     """Of DDIMSampler: CompVis's img2img.py (SDEdit, Meng et al. 2022), and students' scripts made from it."""
 
     def make_schedule(self, ddim_num_steps, ddim_discretize="uniform", ddim_eta=0.0, verbose=True):
-        from ldm.models.diffusion.ddim import ddim_times
-
-        self.ddim_timesteps, self.eta = ddim_times(self.model.num_timesteps, ddim_num_steps), ddim_eta
+        self.ddim_timesteps, self.eta = uniform_times(self.model.num_timesteps, ddim_num_steps), ddim_eta
         self.ddim_alphas = self.model.alphas_cumprod[self.ddim_timesteps]
 
     def stochastic_encode(self, x0, t, *, noise=None):
@@ -84,9 +88,9 @@ class ImageToImage:
     @torch.no_grad()
     def decode(self, x_latent, cond, t_start, **guidance):
         """The schedule's last t_start steps from a latent of stochastic_encode; guidance: see guided."""
-        from ldm.models.diffusion import ddim, sampling
+        from ldm.models.diffusion import ddim
 
-        steps, eps_model = len(self.ddim_timesteps), sampling.guided(self.model, cond, **guidance)
+        steps, eps_model = len(self.ddim_timesteps), guided(self.model, cond, **guidance)
         *_, (_, x, _) = ddim.ddim(eps_model, x_latent, self.model.alphas_cumprod, steps, self.eta, last=t_start)
         return x
 
@@ -100,8 +104,6 @@ class NoiseScheduleVP:
 
 def model_wrapper(model, noise_schedule, condition=None, unconditional_condition=None, guidance_scale=1.0, **unused):
     """See NoiseScheduleVP. model(x, t, c) -> eps, t in [0, T - 1], under classifier-free guidance."""
-    from ldm.models.diffusion.sampling import guided
-
     return guided(types.SimpleNamespace(apply_model=model), condition, unconditional_condition, guidance_scale)
 
 
@@ -112,7 +114,5 @@ class DPM_Solver:
         self.eps_model, self.alphas_cumprod = model_fn, noise_schedule.alphas_cumprod
 
     def sample(self, x, steps=20, **unused):
-        from ldm.models.diffusion.dpm_solver import dpm_solver_pp
-
         *_, (_, x, _) = dpm_solver_pp(self.eps_model, x, self.alphas_cumprod, steps)
         return x

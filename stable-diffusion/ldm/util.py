@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
-import ctypes
 import importlib
 import pathlib
 
@@ -22,14 +20,15 @@ def get_obj_from_str(path, trust=False):
     """What a dotted path such as "ldm.models.autoencoder.AutoencoderKL" names: a class of ldm or torch.nn.Identity,
     since a config may come from anyone. With `trust`, anything that Python can import."""
     module, _, name = str(path).rpartition(".")
+    error = ModelError(f"target {path!r}: not a class of ldm; for one you trust, instantiate_from_config(trust=True)")
     if not trust and module.split(".")[0] != "ldm" and path != "torch.nn.Identity":
-        raise ModelError(f"target {path!r}: not a class of ldm; for one you trust, instantiate_from_config(trust=True)")
+        raise error
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as e:
         raise ModelError(f"target {path!r}: cannot be imported ({e}); correct the config") from None
     if not trust and not (isinstance(found, type) and found.__module__.split(".")[0] in ("ldm", "torch")):
-        raise ModelError(f"target {path!r}: not a class of ldm; correct the config")
+        raise error
     return found
 
 
@@ -38,11 +37,9 @@ def instantiate_from_config(config, trust=False):
     inside these too."""
     if "target" not in config:
         raise ModelError(f"config without a `target`: {str(config)[:80]}")
-    before = _trust.set(trust or _trust.get())
-    try:
-        return get_obj_from_str(config["target"], _trust.get())(**(config.get("params") or {}))
-    finally:
-        _trust.reset(before)
+    context = contextvars.copy_context()
+    context.run(_trust.set, trust or _trust.get())
+    return context.run(lambda: get_obj_from_str(config["target"], _trust.get())(**(config.get("params") or {})))
 
 
 def read_config(path):
@@ -52,10 +49,9 @@ def read_config(path):
     try:
         config = OmegaConf.load(path)
         config.model.target  # noqa: B018  a YAML without a model fails here
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such config") from None
     except Exception as e:  # the YAML parser and OmegaConf have error classes of their own, many of them
-        raise ModelError(f"{path}: not a model config ({' '.join(str(e).split())[:100]})") from None
+        wrong = f"not a model config ({' '.join(str(e).split())[:100]})"
+        raise ModelError(f"{path}: {'no such config' if isinstance(e, FileNotFoundError) else wrong}") from None
     return config
 
 
@@ -67,20 +63,17 @@ def load_model(config, ckpt, device="cpu", dtype=torch.float32):
     if config is None:
         config = CONFIGS.get(str(read_checkpoint(ckpt).get("config")), CONFIGS["v1-inference"])
     config = read_config(config) if isinstance(config, (str, pathlib.Path)) else config
-    with uninitialised():
-        model = instantiate_from_config(config.model)
-    load_weights(model, stored, ckpt, device, dtype)
+    model = load_weights(uninitialised(config.model), stored, ckpt, device, dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
-@contextlib.contextmanager
-def uninitialised():
-    """Layers built inside are left as the allocator gives them: no time spent, no page touched before weights come."""
+def uninitialised(config):
+    """A model whose layers are left as the allocator gives them: no time spent, no page touched before weights come."""
     fills = ("normal_", "uniform_")
     try:
         for name in fills:
             setattr(torch.Tensor, name, lambda self, *args, **kwargs: self)
-        yield
+        return instantiate_from_config(config)
     finally:
         for name in fills:
             delattr(torch.Tensor, name)  # the method of the class below it
@@ -104,25 +97,3 @@ def noise_stream(seed, indices, shape, device="cpu"):
     the seed `seed + i`: the same in any batch, on any device. The first call gives x_T, later ones what steps add."""
     generators = [torch.Generator().manual_seed(seed + int(i)) for i in indices]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-
-
-def torch_version():
-    return tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
-
-
-def cpu_has_fast_bf16():
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX, or AVX-512 BF16) and this torch uses it."""
-    try:
-        flags = pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return torch_version() >= (2, 0) and ("amx_bf16" in flags or "avx512_bf16" in flags)
-
-
-def reuse_freed_memory():
-    """Has glibc, where it is, keep freed blocks for the next layer, not have them zeroed and mapped anew: on a CPU 15 %
-    of the time of inference, a fifth of a training step."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block in a mapping of its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink

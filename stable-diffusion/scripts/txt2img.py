@@ -25,7 +25,7 @@ from ldm.checkpoint import atomic  # noqa: E402
 from ldm.models.diffusion.ddim import DDIMSampler  # noqa: E402
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler  # noqa: E402
 from ldm.modules.textual_inversion import LearnedTokens  # noqa: E402
-from ldm.util import ModelError, cpu_has_fast_bf16, load_model, noise_stream, reuse_freed_memory  # noqa: E402
+from ldm.util import ModelError, load_model, noise_stream  # noqa: E402
 
 CKPT = "models/ldm/stable-diffusion-v1/model.ckpt", "ldm/models/stable-diffusion-v1/model.ckpt"  # places under ROOT
 
@@ -97,16 +97,10 @@ def parse_args(argv=None):
         "--precision",
         choices=["full", "autocast"],
         default="autocast",
-        help="autocast: half precision on a GPU, bfloat16 on a CPU that multiplies it fast; full: float32",
+        help="autocast: half precision on a GPU, float32 on a CPU; full: float32",
     )
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
-
-
-def pick_dtype(precision, device):
-    if precision == "autocast" and device.startswith("cuda"):
-        return torch.float16
-    return torch.bfloat16 if precision == "autocast" and device == "cpu" and cpu_has_fast_bf16() else torch.float32
 
 
 def batches(opt):
@@ -195,11 +189,11 @@ def run(opt):
     check(opt)
     batches(opt)
     samples = pathlib.Path(opt.outdir) / "samples"
-    model = load_model(opt.config, opt.ckpt, opt.device, pick_dtype(opt.precision, opt.device))
+    half = opt.precision == "autocast" and opt.device.startswith("cuda")
+    model = load_model(opt.config, opt.ckpt, opt.device, torch.float16 if half else torch.float32)
     for option, own in (("C", model.channels), ("f", model.first_stage_model.factor)):
         if getattr(opt, option) != own:
             raise ModelError(f"--{option} {getattr(opt, option)}: this model has {own}; take --{option} {own}")
-    reuse_freed_memory()
     tokens = LearnedTokens(model.cond_stage_model)
     for path in opt.embedding_path:
         print(f"{path}: {', '.join(tokens.load(path))}")

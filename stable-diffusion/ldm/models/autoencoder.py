@@ -1,5 +1,7 @@
 """The autoencoder between images and latents (Rombach et al. 2022, section 3.1)."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,23 +44,16 @@ class AutoencoderKL(nn.Module):
 
     def _decode_tiled(self, z):
         """Tiles of 64 x 64 latents that overlap by 16, blended linearly: the memory of one tile for any size."""
-        height, width = z.shape[2:]
+        starts = [sorted({*range(0, n - TILE, TILE - OVERLAP), max(0, n - TILE)}) for n in z.shape[2:]]
+        height, width = (n * self.factor for n in z.shape[2:])
         image = weight = 0
-        for y in _tile_starts(height):
-            for x in _tile_starts(width):
-                tile = self._decode_whole(z[:, :, y : y + TILE, x : x + TILE]).float()
-                rows, columns = (_ramp(size, self.factor).to(tile.device) for size in tile.shape[2:])
-                ramp = rows[:, None] * columns
-                left, top = x * self.factor, y * self.factor
-                right, bottom = width * self.factor - left - tile.shape[3], height * self.factor - top - tile.shape[2]
-                image = image + F.pad(tile * ramp, (left, right, top, bottom))
-                weight = weight + F.pad(ramp, (left, right, top, bottom))
+        for y, x in itertools.product(*starts):
+            tile = self._decode_whole(z[:, :, y : y + TILE, x : x + TILE]).float()
+            rows, columns = (_ramp(size, self.factor).to(tile.device) for size in tile.shape[2:])
+            ramp, left, top = rows[:, None] * columns, x * self.factor, y * self.factor
+            around = left, width - left - len(columns), top, height - top - len(rows)
+            image, weight = image + F.pad(tile * ramp, around), weight + F.pad(ramp, around)
         return (image / weight).to(z.dtype)
-
-
-def _tile_starts(size):
-    """Where the tiles along one side begin; the last one ends with the image."""
-    return list(range(0, max(1, size - TILE), TILE - OVERLAP)) + ([size - TILE] if size > TILE else [])
 
 
 def _ramp(size, factor):

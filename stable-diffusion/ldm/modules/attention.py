@@ -41,12 +41,11 @@ class Memory:
 class CrossAttention(nn.Module):
     """Multi-head attention of x [B, N, C] to context [B, M, context_dim], or to x itself where there is none."""
 
-    def __init__(self, query_dim, context_dim=None, heads=8, dim_head=64, dropout=0.0):
+    def __init__(self, query_dim, context_dim=None, heads=8, dim_head=64):
         super().__init__()
         self.heads, inner, context_dim = heads, heads * dim_head, query_dim if context_dim is None else context_dim
-        widths = query_dim, context_dim, context_dim
-        self.to_q, self.to_k, self.to_v = (nn.Linear(c, inner, bias=False) for c in widths)
-        self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
+        self.to_q, self.to_k, self.to_v = (nn.Linear(c, inner, bias=False) for c in (query_dim, *[context_dim] * 2))
+        self.to_out = nn.Sequential(nn.Linear(inner, query_dim))
 
     def split(self, *ys):
         return [y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in ys]  # [B, heads, N or M, dim_head]
@@ -76,18 +75,14 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-def feed_forward(dim, dropout=0.0):
-    return named(net=nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim)))
-
-
 class BasicTransformerBlock(nn.Module):
     """Attention among the pixels, attention to the prompt, feed-forward: each after a layer norm and with a skip."""
 
-    def __init__(self, dim, n_heads, d_head, dropout=0.0, context_dim=None):
+    def __init__(self, dim, n_heads, d_head, context_dim=None):
         super().__init__()
-        self.attn1 = CrossAttention(dim, None, n_heads, d_head, dropout)
-        self.ff = feed_forward(dim, dropout)
-        self.attn2 = CrossAttention(dim, context_dim, n_heads, d_head, dropout)
+        self.attn1 = CrossAttention(dim, None, n_heads, d_head)
+        self.ff = named(net=nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)))
+        self.attn2 = CrossAttention(dim, context_dim, n_heads, d_head)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
     def forward(self, x, context=None):
@@ -99,12 +94,12 @@ class BasicTransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map: x [B, C, H, W], context [B, M, context_dim] -> as x."""
 
-    def __init__(self, in_channels, n_heads, d_head, depth=1, dropout=0.0, context_dim=None):
+    def __init__(self, in_channels, n_heads, d_head, depth=1, context_dim=None):
         super().__init__()
         inner = n_heads * d_head
         self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
         self.proj_in = nn.Conv2d(in_channels, inner, 1)
-        blocks = (BasicTransformerBlock(inner, n_heads, d_head, dropout, context_dim) for _ in range(depth))
+        blocks = (BasicTransformerBlock(inner, n_heads, d_head, context_dim) for _ in range(depth))
         self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = nn.Conv2d(inner, in_channels, 1)
 

@@ -1,9 +1,8 @@
 """Textual Inversion (Gal et al. 2023): new words for a frozen text encoder, as a patch to a model.
 
 tokens = LearnedTokens(model.cond_stage_model)
-tokens.add("<new1>", tokens.initial("corgi"), init_word="corgi")    # then optimise tokens.parameters()
+tokens.add("<new1>", vectors, init_word="corgi")        # [n, 768] to start from; then optimise tokens.parameters()
 tokens.save("new1.safetensors", step=500)
-...
 LearnedTokens(model.cond_stage_model).load("new1.safetensors")      # prompts may say <new1> now
 """
 
@@ -29,10 +28,8 @@ HEADER = "textual_inversion"  # the one entry of __metadata__: safetensors write
 
 class LearnedTokens(nn.Module):
     """One or several learned vectors for each placeholder, in float32; `parameters()` are these vectors, nothing else.
-
     The encoder's state dict does not change: the patch adds the placeholders to the tokenizer, spelt out as several ids
-    for several vectors, and answers the lookup of these ids, so that gradients reach them through the frozen encoder.
-    """
+    for several vectors, and answers the lookup of these ids, so that gradients reach them through a frozen encoder."""
 
     def __init__(self, embedder):
         super().__init__()
@@ -46,12 +43,10 @@ class LearnedTokens(nn.Module):
         """Token ids [B, N] -> vectors [B, N, dim] in the table's precision."""
         if not self._ids:
             return self._lookup_below(ids)
-        row_of = torch.full((max(self._ids) + 1,), -1)
-        row_of[self._ids] = torch.arange(len(self._ids))
-        row = row_of.to(ids.device)[ids.clamp(max=max(self._ids))].masked_fill(ids > max(self._ids), -1)
-        known = self._lookup_below(ids.masked_fill(row >= 0, 0))
-        learned = F.embedding(row.clamp(min=0), torch.cat(list(self.rows)).to(known))
-        return torch.where((row >= 0).unsqueeze(-1), learned, known)
+        found = ids[..., None] == torch.tensor(self._ids, device=ids.device)  # [B, N, rows]
+        known = self._lookup_below(ids.masked_fill(found.any(-1), 0))
+        learned = F.embedding(found.int().argmax(-1), torch.cat(list(self.rows)).to(known))
+        return torch.where(found.any(-1, keepdim=True), learned, known)
 
     def detach(self):
         """Takes the patch off; the placeholders stay in the tokenizer, without a meaning."""
@@ -72,25 +67,14 @@ class LearnedTokens(nn.Module):
             raise ModelError(f"no learned vectors for {token!r}; there are {', '.join(self.tokens) or 'none'}")
         return self.rows[self.tokens.index(token)]
 
-    def initial(self, words, vectors=1):
-        """Vectors [vectors, dim] to start from: one is the mean of all words, several are the words' own, in turns."""
-        words = words.replace(",", " ").split() if isinstance(words, str) else list(words)
-        ids = [self.embedder.tokenizer(w, add_special_tokens=False)["input_ids"] for w in words]
-        if not words or not all(ids) or 1 < vectors < len(words):
-            raise ModelError(f"initial words {words}: take words of the tokenizer, of several vectors one each at most")
-        means = torch.stack([self.table.weight.detach()[i].float().mean(0) for i in ids]).cpu()
-        return means.mean(0, keepdim=True) if vectors == 1 else means[torch.arange(vectors) % len(means)]
-
     def add(self, token, vectors, **metadata):
-        """A placeholder with the vectors [n, dim] (or [dim]) to start from.
-
-        ModelError for vectors of another width, and for a word that the tokenizer has already.
-        """
-        vectors, dim = torch.as_tensor(vectors).detach().float(), self.table.weight.shape[1]
-        vectors = vectors[None] if vectors.dim() == 1 else vectors
+        """A placeholder with the vectors [n, dim] (or [dim]) to start from. ModelError for vectors of another width and
+        for a word that the tokenizer has already."""
+        vectors, dim = torch.atleast_2d(torch.as_tensor(vectors).detach().float()), self.table.weight.shape[1]
         if vectors.dim() != 2 or vectors.shape[1] != dim or not len(vectors) or not vectors.isfinite().all():
-            shape = list(vectors.shape)
-            raise ModelError(f"{token}: its vectors are {shape}, or not finite; this text encoder takes [n, {dim}]")
+            raise ModelError(
+                f"{token}: vectors {list(vectors.shape)}, or not finite; this text encoder takes [n, {dim}]"
+            )
         if len(vectors) > self.embedder.max_length - 2:
             raise ModelError(f"{token}: {len(vectors)} vectors are more than a prompt holds")
         tokenizer, vocabulary = self.embedder.tokenizer, self.embedder.tokenizer.get_vocab()
@@ -111,11 +95,10 @@ class LearnedTokens(nn.Module):
     def save(self, path, tokens=None, **metadata):
         """Writes {token: float32 [vectors, dim]} as safetensors, which diffusers and others load if it is one token.
         `metadata`, what was given to `add`, and `base_model` go into the header. The same content, the same bytes."""
-        tokens, told = self.tokens if tokens is None else tokens, {}
-        for key in {key for token in tokens for key in self.metadata[token]}:
-            values = {token: self.metadata[token][key] for token in tokens if key in self.metadata[token]}
-            told[key] = values if len(tokens) > 1 else values[tokens[0]]
-        told.update({"base_model": self.base_model, **metadata})  # not a loaded file's
+        tokens, own = self.tokens if tokens is None else tokens, self.metadata
+        told = {k: {t: own[t][k] for t in tokens if k in own[t]} for token in tokens for k in own[token]}
+        told = told if len(tokens) > 1 else own[tokens[0]]
+        told = {**told, "base_model": self.base_model, **metadata}  # not a loaded file's
         content = {token: self[token].detach().float().cpu().clone() for token in tokens}
         with atomic(path) as temporary:
             temporary.write_bytes(to_bytes(content, {HEADER: json.dumps(told, sort_keys=True)}))
@@ -127,8 +110,7 @@ class LearnedTokens(nn.Module):
             if len(embeddings) != 1:
                 raise ModelError(f"{path}: holds {', '.join(embeddings)}, which cannot all be {token}")
             embeddings = dict.fromkeys([token], *embeddings.values())
-        base = metadata.get("base_model")
-        if base is not None and base != self.base_model:
+        if (base := metadata.get("base_model") or self.base_model) != self.base_model:
             warnings.warn(f"{path}: learned with another text encoder ({base}, here {self.base_model})", stacklevel=2)
         for name, vectors in embeddings.items():
             try:
@@ -149,16 +131,14 @@ def read_embeddings(path, token=None):
     if not isinstance(content, dict):
         raise ModelError(f"{path}: not an embedding file, or a bare tensor without the name of its token")
     parameters = content.get("string_to_param", content)
-    state = getattr(parameters, "state", None)  # a pickled nn.ParameterDict
-    if state is not None:
-        parameters = {**state, **state.get("_parameters", {})} if isinstance(state, dict) else None
-    parameters = parameters if isinstance(parameters, dict) else {}
-    found = {str(k): v for k, v in parameters.items() if isinstance(v, StoredTensor)}
+    parameters = getattr(parameters, "state", parameters)  # of a pickled nn.ParameterDict
+    levels = [parameters, parameters.get("_parameters")] if isinstance(parameters, dict) else []
+    entries = [entry for level in levels if isinstance(level, dict) for entry in level.items()]
+    found = {str(k): v for k, v in entries if isinstance(v, StoredTensor)}
     if len(found) == 1 and (set(found) == {"emb_params"} or "name" in content):
         name = content.get("name")
         found = {name if isinstance(name, str) and name else pathlib.Path(path).stem: v for v in found.values()}
-    embeddings = {name: stored.load(dtype=torch.float32) for name, stored in found.items()}
-    embeddings = {name: v[None] if v.dim() == 1 else v for name, v in embeddings.items()}
+    embeddings = {name: torch.atleast_2d(stored.load(dtype=torch.float32)) for name, stored in found.items()}
     if not embeddings or any(v.dim() != 2 for v in embeddings.values()):
         raise ModelError(f"{path}: not an embedding file (ours, diffusers', automatic1111's or rinongal's)")
     if not zipfile.is_zipfile(path):

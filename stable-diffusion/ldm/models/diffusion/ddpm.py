@@ -1,27 +1,22 @@
 """Latent diffusion: U-Net, autoencoder and text encoder together, with the forward process and the training loss."""
 
-import contextlib
+import difflib
 import warnings
 
 import torch
 from torch import nn
 
+from ldm.checkpoint import TABLE
 from ldm.compat import TrainingNames
 from ldm.models.diffusion.sampling import as_tensor
 from ldm.modules.attention import Memory, named
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import instantiate_from_config
 
-# Entries of CompVis's configs: what they are by default, those that may be nothing else, and those on training the
-# network from scratch, which are taken and not used.
+# Entries of CompVis's configs: what they are by default, and those that may be nothing else. Others are on training the
+# network from scratch, and not used.
 DEFAULTS = {"linear_start": 1e-4, "linear_end": 2e-2, "image_size": 64, "channels": 4, "cond_stage_trainable": False}
 FIXED = {"parameterization": "eps", "beta_schedule": "linear", "conditioning_key": "crossattn"}
-TRAINING_ONLY = set(
-    "num_timesteps_cond log_every_t first_stage_key cond_stage_key monitor use_ema scheduler_config loss_type model_lr "
-    "concat_mode scale_by_std ckpt_path ignore_keys load_only_unet learn_logvar logvar_init v_posterior clip_denoised "
-    "l_simple_weight original_elbo_weight personalization_config unfreeze_model embedding_reg_weight".split()
-)
-TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
 
 
 class LatentDiffusion(TrainingNames, nn.Module):
@@ -33,17 +28,17 @@ class LatentDiffusion(TrainingNames, nn.Module):
         for name, value in FIXED.items():
             if config.pop(name, value) != value:
                 raise ValueError(f"LatentDiffusion: {name} other than {value!r} is not supported")
-        unknown = sorted(set(config) - set(DEFAULTS) - TRAINING_ONLY)
-        if unknown:
-            warnings.warn(f"LatentDiffusion: {', '.join(unknown)} in the config: unknown, not used", stacklevel=2)
-        config, self.scale_factor, self.parameterization = {**DEFAULTS, **config}, scale_factor, "eps"
-        for name in ("image_size", "channels", "cond_stage_trainable"):
-            setattr(self, name, config[name])
+        for name in set(config) - set(DEFAULTS):
+            if meant := difflib.get_close_matches(name, DEFAULTS, 1, 0.8):
+                warnings.warn(f"LatentDiffusion: {name} in the config is not used; {meant[0]} would be", stacklevel=2)
+        self.scale_factor, self.parameterization = scale_factor, "eps"
+        for name, value in DEFAULTS.items():
+            setattr(self, name, config.get(name, value))
         self.model = named(diffusion_model=instantiate_from_config(unet_config))
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
         self.cond_stage_model = instantiate_from_config(cond_stage_config)
-        self.register_schedule(None, "linear", timesteps, config["linear_start"], config["linear_end"])
-        self._register_load_state_dict_pre_hook(self._unpack_words)
+        self.register_schedule(None, "linear", timesteps, self.linear_start, self.linear_end)
+        self._register_load_state_dict_pre_hook(self.unpack_words)
 
     def register_schedule(
         self, given_betas=None, beta_schedule="linear", timesteps=1000, linear_start=1e-4, linear_end=2e-2
@@ -77,14 +72,14 @@ class LatentDiffusion(TrainingNames, nn.Module):
             self.register_buffer(name, values.float().to(device))
         self.register_buffer("logvar", torch.zeros(len(betas), device=device), persistent=False)
 
-    def _unpack_words(self, state_dict, prefix, *unused):
+    def unpack_words(self, state_dict, prefix="", *unused):
         """A small checkpoint has the text encoder's rows for the ids `known_words`; other words get their mean."""
-        known = state_dict.pop(prefix + "known_words", None)
-        if known is not None and prefix + TABLE in state_dict:
-            rows, text = state_dict[prefix + TABLE], self.cond_stage_model.transformer
-            state_dict[prefix + TABLE] = table = text.get_input_embeddings().weight.detach().clone()
-            table[: text.words] = rows.float().mean(0)  # words that were added stay
+        known, rows = state_dict.pop(prefix + "known_words", None), state_dict.get(prefix + TABLE)
+        if known is not None and rows is not None:
+            table = self.cond_stage_model.transformer.get_input_embeddings().weight.detach().clone()
+            table[: self.cond_stage_model.tokenizer.vocab_size] = rows.float().mean(0)  # words that were added stay
             table[known.long()] = rows.to(table)
+            state_dict[prefix + TABLE] = table
 
     def _apply(self, fn, *args, **kwargs):
         """model.half() and the like move the schedule, but leave it in float32."""
@@ -93,18 +88,8 @@ class LatentDiffusion(TrainingNames, nn.Module):
         self._buffers.update({name: values.to(self._buffers[name].device) for name, values in before.items()})
         return self
 
-    @property
-    def device(self):
-        return self.betas.device
-
-    @property
-    def dtype(self):
-        return next(self.model.parameters()).dtype
-
-    @contextlib.contextmanager
-    def ema_scope(self, context=None):
-        """Does nothing: the weights of sd-v1-4.ckpt are the averaged ones already."""
-        yield
+    device = property(lambda self: self.betas.device)
+    dtype = property(lambda self: next(self.model.parameters()).dtype)
 
     def get_learned_conditioning(self, prompts):
         """Prompts (a list of B strings, or one string) -> [B, 77, width of the text encoder]."""
@@ -133,8 +118,7 @@ class LatentDiffusion(TrainingNames, nn.Module):
 
     def remember(self, cond, every=1):
         """A conditioning [B, 77, C] as the Memory of a sampling run, whose batch it has; itself for other networks."""
-        known = isinstance(self.model.diffusion_model, UNetModel)
-        return Memory(cond.to(self.dtype), every) if known else cond
+        return Memory(cond.to(self.dtype), every) if isinstance(self.model.diffusion_model, UNetModel) else cond
 
     def apply_model(self, x_noisy, t, cond):
         """eps predicted from x_t, t [B] (may be fractions) and cond: a tensor, a list, {"c_crossattn": list}, or what
@@ -150,8 +134,6 @@ class LatentDiffusion(TrainingNames, nn.Module):
         return loss, {f"{prefix}/loss_simple": loss.detach(), f"{prefix}/loss": loss.detach()}
 
     def forward(self, x, c):
-        """p_losses of latents x at times drawn from 0 .. T-1; c may be prompts, or their conditioning."""
-        t = torch.randint(self.num_timesteps, (len(x),), device=x.device)
-        if isinstance(c, str) or isinstance(c, (list, tuple)) and isinstance(c[0], str):
-            c = self.get_learned_conditioning(c)
-        return self.p_losses(x, c, t)
+        """p_losses of latents x at times drawn from 0 .. T-1; c: conditionings, or prompts if cond_stage_trainable."""
+        c = self.get_learned_conditioning(c) if self.cond_stage_trainable else c
+        return self.p_losses(x, c, torch.randint(self.num_timesteps, (len(x),), device=x.device))

@@ -12,11 +12,9 @@ def guided(model, cond, unconditional_conditioning=None, unconditional_guidance_
     Scale 1, or no unconditional one, is the conditional model. Conditionings: [B, 77, C], or [1, 77, C] for the whole
     batch (a list, or {"c_crossattn": list}, will do). The two go through the network as one batch [uncond; cond]; what
     depends on the prompt alone is computed once. `fast` does less, at some cost in quality: no guidance at the LAST
-    times (Golnari et al. 2023, arXiv 2305.09847), deep features anew at every EVERYth step only (DeepCache, Ma et al.
-    2024).
+    times (Golnari et al. 2023), deep features anew at every EVERYth step alone (DeepCache, Ma et al. 2024).
     """
     cond, uncond, scale = as_tensor(cond), as_tensor(unconditional_conditioning), unconditional_guidance_scale
-
     remember, memories = getattr(model, "remember", lambda c, every: c), {}
 
     def eps_model(x, t):
@@ -31,6 +29,13 @@ def guided(model, cond, unconditional_conditioning=None, unconditional_guidance_
         return eps_u + scale * (eps_c - eps_u)
 
     return eps_model
+
+
+def uniform_times(T, steps):
+    """The times 1 + i (T // steps), i = 0 .. steps - 1, of DDIM in CompVis's code."""
+    if not 1 <= steps < T:
+        raise ValueError(f"{steps} DDIM steps: take 1 to {T - 1}")
+    return [1 + i * (T // steps) for i in range(steps)]
 
 
 def as_tensor(cond):
@@ -52,20 +57,16 @@ class Sampler:
     @torch.no_grad()
     def trajectory(self, S, batch_size, shape, conditioning=None, eta=0.0, x_T=None, noise=None, **guidance):
         """A generator of (t, x_t, x_0 prediction), S items; shape is [C, H/8, W/8] of one latent; guidance: see guided.
-
         x_T: [B, *shape], else drawn. `noise()` gives normal noise [B, *shape], for x_T and for stochastic steps; by
-        default it comes from the generator of the model's device, as in CompVis's code.
-        """
+        default it comes from the generator of the model's device, as in CompVis's code."""
         device = self.model.device
         draw = noise if noise is not None else lambda: torch.randn(batch_size, *shape, device=device)
         x = (draw() if x_T is None else x_T).to(device)
         yield from self.steps(guided(self.model, conditioning, **guidance), x, S, eta, lambda: draw().to(x))
 
     def sample(self, S, batch_size, shape, conditioning=None, callback=None, img_callback=None, **options):
-        """(latents [B, C, H/8, W/8], intermediates or None) after S steps.
-
-        Of the options those of `trajectory`, `verbose` and `log_every_t` are used, CompVis's others ignored.
-        """
+        """(latents [B, C, H/8, W/8], intermediates or None) after S steps. Of the options those of `trajectory`,
+        `verbose` and `log_every_t` are used, CompVis's others ignored."""
         for name in ("mask", "score_corrector"):
             if options.get(name) is not None:
                 raise ValueError(f"sample: {name} is not supported")

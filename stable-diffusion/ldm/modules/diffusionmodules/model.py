@@ -15,17 +15,15 @@ def conv3(c_in, c_out, **options):
 
 
 class ResnetBlock(nn.Module):
-    def __init__(self, in_channels, out_channels, dropout=0.0):
+    def __init__(self, in_channels, out_channels):
         super().__init__()
         self.norm1, self.conv1 = norm(in_channels), conv3(in_channels, out_channels)
         self.norm2, self.conv2 = norm(out_channels), conv3(out_channels, out_channels)
-        self.dropout = nn.Dropout(dropout)
         self.nin_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.nin_shortcut(x) + h
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class AttnBlock(nn.Module):
@@ -52,28 +50,28 @@ def upsample(c):
     return named(twice=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=conv3(c, c))
 
 
-def middle(c, dropout):
-    return named(block_1=ResnetBlock(c, c, dropout), attn_1=AttnBlock(c), block_2=ResnetBlock(c, c, dropout))
+def middle(c):
+    return named(block_1=ResnetBlock(c, c), attn_1=AttnBlock(c), block_2=ResnetBlock(c, c))
 
 
-def level(c_in, c_out, blocks, dropout, **resample):
+def level(c_in, c_out, blocks, **resample):
     """Residual blocks at one resolution, then the way to the next one, upsample or downsample."""
-    blocks = [ResnetBlock(c_out if i else c_in, c_out, dropout) for i in range(blocks)]
+    blocks = [ResnetBlock(c_out if i else c_in, c_out) for i in range(blocks)]
     return named(block=nn.Sequential(*blocks), **{name: make(c_out) for name, make in resample.items()})
 
 
 class Encoder(nn.Module):
     """Image [B, in_channels, H, W] in [-1, 1] -> moments [B, 2 * z_channels, H/f, W/f], f = 2^(levels - 1)."""
 
-    def __init__(self, ch, ch_mult, num_res_blocks, in_channels, z_channels, double_z=True, dropout=0.0, **unused):
+    def __init__(self, ch, ch_mult, num_res_blocks, in_channels, z_channels, double_z=True, **unused):
         super().__init__()
         c, levels = ch, []
         self.conv_in = conv3(in_channels, c)
         for i, width in enumerate(m * ch for m in ch_mult):
             way = {"downsample": downsample} if i < len(ch_mult) - 1 else {}
-            levels.append(level(c, width, num_res_blocks, dropout, **way))
+            levels.append(level(c, width, num_res_blocks, **way))
             c = width
-        self.down, self.mid, self.norm_out = nn.Sequential(*levels), middle(c, dropout), norm(c)
+        self.down, self.mid, self.norm_out = nn.Sequential(*levels), middle(c), norm(c)
         self.conv_out = conv3(c, 2 * z_channels if double_z else z_channels)
 
     def forward(self, x):
@@ -83,13 +81,13 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent [B, z_channels, h, w] -> image [B, out_ch, h*f, w*f], about in [-1, 1]."""
 
-    def __init__(self, ch, ch_mult, num_res_blocks, out_ch, z_channels, dropout=0.0, **unused):
+    def __init__(self, ch, ch_mult, num_res_blocks, out_ch, z_channels, **unused):
         super().__init__()
         c, levels = ch * ch_mult[-1], []
-        self.conv_in, self.mid = conv3(z_channels, c), middle(c, dropout)
+        self.conv_in, self.mid = conv3(z_channels, c), middle(c)
         for i, width in reversed(list(enumerate(m * ch for m in ch_mult))):
             way = {"upsample": upsample} if i > 0 else {}
-            levels.append(level(c, width, num_res_blocks + 1, dropout, **way))
+            levels.append(level(c, width, num_res_blocks + 1, **way))
             c = width
         self.up = nn.ModuleList(reversed(levels))  # numbered from the image inwards, run from the latent outwards
         self.norm_out, self.conv_out = norm(c), conv3(c, out_ch)

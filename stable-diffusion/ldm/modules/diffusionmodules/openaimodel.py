@@ -20,13 +20,12 @@ def timestep_embedding(timesteps, dim, max_period=10000):
 class ResBlock(nn.Module):
     """Two convolutions with the time embedding added between: x [B, C, H, W], emb [B, E] -> [B, out, H, W]."""
 
-    def __init__(self, channels, emb_channels, out_channels, dropout=0.0):
+    def __init__(self, c_in, c_emb, c_out):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), conv3(channels, out_channels))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
-        out = nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(dropout), conv3(out_channels, out_channels)
-        self.out_layers = nn.Sequential(*out)
-        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, c_in), nn.SiLU(), conv3(c_in, c_out))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(c_emb, c_out))
+        self.out_layers = nn.Sequential(nn.GroupNorm(32, c_out), nn.SiLU(), nn.Identity(), conv3(c_out, c_out))
+        self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x, emb):
         h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
@@ -37,25 +36,16 @@ class TimestepEmbedSequential(nn.Sequential):
     """Layers in a row; each gets what it reads: residual blocks the time, transformers the prompt."""
 
     def forward(self, x, emb, context=None):
+        reads = {ResBlock: [emb], SpatialTransformer: [context]}
         for layer in self:
-            if isinstance(layer, ResBlock):
-                x = layer(x, emb)
-            elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context)
-            else:
-                x = layer(x)
+            x = layer(x, *reads.get(type(layer), []))
         return x
 
 
-# fmt: off
-OPTIONS = {  # entries of CompVis's configs, and what they are by default
-    "num_heads": 8, "transformer_depth": 1, "context_dim": None, "dropout": 0.0, "use_checkpoint": False,
-    "image_size": None, "legacy": False,                        # only to be asked for; not used
-    "use_spatial_transformer": True, "num_head_channels": -1,   # of other variants: these values alone
-}
-# fmt: on
-
-
+# Entries of CompVis's configs: what they are by default, the last two only to be asked for; those of other variants.
+OPTIONS = {"num_heads": 8, "transformer_depth": 1, "context_dim": None, "use_checkpoint": False}
+OPTIONS.update(image_size=None, legacy=False)
+FIXED = {"use_spatial_transformer": True, "num_head_channels": -1, "dropout": 0}
 OUTER = 2  # blocks of either side that run at every step
 
 
@@ -71,19 +61,18 @@ class UNetModel(nn.Module):
         self, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, channel_mult, **options
     ):
         super().__init__()
-        options = {**OPTIONS, **options}
-        if set(options) > set(OPTIONS) or not options["use_spatial_transformer"] or options["num_head_channels"] != -1:
-            raise ValueError(f"UNetModel: of the options in {options}, only Stable Diffusion v1's are supported")
+        fixed, options = {k: options.pop(k, v) for k, v in FIXED.items()}, {**OPTIONS, **options}
+        if fixed != FIXED or set(options) > set(OPTIONS):
+            raise ValueError(f"UNetModel: of {fixed} and {options}, only Stable Diffusion v1's are supported")
         self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
         self.use_checkpoint, self.image_size = options["use_checkpoint"], options["image_size"]
-        emb, heads, dropout = 4 * model_channels, options["num_heads"], options["dropout"]
+        emb, heads, depth = 4 * model_channels, options["num_heads"], options["transformer_depth"]
 
         def res(c_in, c_out):
-            return ResBlock(c_in, emb, c_out, dropout)
+            return ResBlock(c_in, emb, c_out)
 
         def attn(c):
-            depth, width = options["transformer_depth"], options["context_dim"]
-            return SpatialTransformer(c, heads, c // heads, depth, dropout, width)
+            return SpatialTransformer(c, heads, c // heads, depth, options["context_dim"])
 
         # The loops below write out, for Stable Diffusion v1 (320 channels x 1, 2, 4, 4; attention at strides 1, 2, 4):
         #   input_blocks                     middle_block          output_blocks, each on [h, skip] concatenated

@@ -12,6 +12,7 @@ class DiagonalGaussianDistribution:
         self.mean, logvar = parameters.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
         self.std, self.var = torch.exp(0.5 * self.logvar), torch.exp(self.logvar)
+        self.normal = Normal(self.mean, self.std, validate_args=False)
 
     def sample(self, noise=None):
         """mean + std * noise; the noise is drawn on the CPU, where it does not depend on the device."""
@@ -23,9 +24,8 @@ class DiagonalGaussianDistribution:
 
     def kl(self, other=None):
         """KL(self || other), of N(0, I) by default, in nats: [B]."""
-        other = Normal(0.0, 1.0) if other is None else Normal(other.mean, other.std)
-        return kl_divergence(Normal(self.mean, self.std), other).flatten(1).sum(1)
+        return kl_divergence(self.normal, other.normal if other else Normal(0.0, 1.0)).flatten(1).sum(1)
 
     def nll(self, sample, dims=(1, 2, 3)):
         """-log p(sample), summed over `dims`."""
-        return -Normal(self.mean, self.std).log_prob(sample).sum(tuple(dims))
+        return -self.normal.log_prob(sample).sum(tuple(dims))

@@ -14,11 +14,15 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm import ModelError
-from ldm.checkpoint import is_finite, read_state_dict
+from ldm.checkpoint import load_weights, read_state_dict
 
 # OpenAI's text models (Radford et al. 2021, table 20)
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 HUB_MODELS = {"openai/clip-vit-large-patch14": (768, 12, 12, 3072), "openai/clip-vit-base-patch32": (512, 12, 8, 2048)}
+
+
+# "ftfy is not installed": _tokenizer takes care of it
+logging.getLogger("transformers.models.clip.tokenization_clip").addFilter(lambda r: "ftfy" not in r.getMessage())
 
 
 class FrozenCLIPEmbedder(nn.Module):
@@ -34,18 +38,13 @@ class FrozenCLIPEmbedder(nn.Module):
         self.version, self.max_length, self.expansions = version, max_length, {}
         self.transformer = TextModel(_text_config(version, config or {}))
         self.tokenizer = _tokenizer(version, max_length)
-        files = [pathlib.Path(version) / name for name in ("model.safetensors", "pytorch_model.bin")]
-        self._load_transformers_weights(next((f for f in files if f.is_file()), None))
+        files = (pathlib.Path(version) / name for name in ("model.safetensors", "pytorch_model.bin"))
+        for path in [file for file in files if file.is_file()][:1]:
+            stored = {k.split("text_model.")[-1]: v for k, v in read_state_dict(path).items()}
+            load_weights(self, {f"transformer.text_model.{k}": v for k, v in stored.items()}, path)
         self.eval().requires_grad_(False)
 
-    @property
-    def device(self):
-        """Where the weights are; setting it moves them."""
-        return self.transformer.get_input_embeddings().weight.device
-
-    @device.setter
-    def device(self, device):
-        self.to(device)
+    device = property(lambda self: self.transformer.device, nn.Module.to, doc="Where it is; setting it moves it.")
 
     def tokenize(self, text):
         """Token ids [B, max_length]: start, the prompt's, end, pad tokens; too long a prompt is cut, with a warning."""
@@ -64,86 +63,53 @@ class FrozenCLIPEmbedder(nn.Module):
 
     encode = forward
 
-    def _load_transformers_weights(self, path):
-        own = self.state_dict(keep_vars=True)
-        for name, stored in read_state_dict(path).items() if path else ():
-            name = "transformer." + (name if name.startswith("text_model.") else "text_model." + name)
-            if name in own and stored.shape == tuple(own[name].shape):
-                if not is_finite(weight := stored.load()):
-                    raise ModelError(f"{path}: {name} has NaN or infinity in it; fetch it again")
-                own[name].data.copy_(weight)
-
 
 class TextModel(CLIPTextModel):
-    """CLIPTextModel with transformers 4's names in state dicts under any version: text_model.*, a level that 5 dropped,
-    and position_ids (0, 1, 2 ...), as 4.31 did."""
+    """CLIPTextModel with the names of Stable Diffusion's checkpoints under any version of transformers: the level
+    text_model, which 5 dropped, and position_ids (0, 1, 2 ...), which state dicts have not from 4.31 on."""
+
+    base_model_prefix = "text_model"
 
     def __init__(self, config):
-        super().__init__(config)
-        self.words = config.vocab_size
-        self._register_state_dict_hook(_to_checkpoint_names)
-        self._register_load_state_dict_pre_hook(self._to_own_names)
+        super(CLIPTextModel, self).__init__(config)
+        inner = CLIPTextModel(config)
+        self.text_model = inner._modules.get("text_model", inner)
+        self.text_model.embeddings.register_buffer("position_ids", torch.arange(config.max_position_embeddings)[None])
+        self.post_init()
 
-    def resize_token_embeddings(self, size=None, *args, **kwargs):
+    def forward(self, *args, **kwargs):
+        return self.text_model(*args, **kwargs)
+
+    def resize_token_embeddings(self, *size, **options):
         """As in transformers, but a table of another size is always trainable: 4.46 and later leave it frozen."""
-        before = len(self.get_input_embeddings().weight)
-        table = super().resize_token_embeddings(size, *args, **kwargs)
-        table.weight.requires_grad_(table.weight.requires_grad or len(table.weight) != before)
+        before = self.get_input_embeddings().weight.shape
+        table = super().resize_token_embeddings(*size, **options)
+        table.weight.requires_grad_(table.weight.requires_grad or table.weight.shape != before)
         return table
-
-    def __getattr__(self, name):
-        return self if name == "text_model" and name not in self._modules else super().__getattr__(name)
-
-    def _to_own_names(self, state_dict, prefix, *unused):
-        own, theirs = prefix + ("text_model." if "text_model" in self._modules else ""), prefix + "text_model."
-        for key in [k for k in state_dict if k.startswith(theirs)]:
-            state_dict[own + key[len(theirs) :]] = state_dict.pop(key)
-        ids = state_dict.pop(own + "embeddings.position_ids", None)
-        if "position_ids" not in self.text_model.embeddings._non_persistent_buffers_set:
-            state_dict[own + "embeddings.position_ids"] = ids if ids is not None else _positions(self)
-
-
-def _to_checkpoint_names(module, state_dict, prefix, metadata):
-    for key in [k for k in state_dict if k.startswith(prefix) and not k.startswith(prefix + "text_model.")]:
-        state_dict[prefix + "text_model." + key[len(prefix) :]] = state_dict.pop(key)
-    state_dict.setdefault(prefix + "text_model.embeddings.position_ids", _positions(module))
-
-
-def _positions(model):
-    ids = model.text_model.embeddings.position_ids
-    return torch.arange(ids.shape[1], device=ids.device)[None]
 
 
 def _text_config(version, overrides):
     """CLIPTextConfig of a known model or of a folder's config.json (that of a text model, or of a whole CLIP)."""
-    if pathlib.Path(version).is_dir():
-        path = pathlib.Path(version) / "config.json"
-        try:
-            sizes = json.loads(path.read_text())
-        except (OSError, ValueError) as e:
-            raise ModelError(f"{path}: not a readable config of a text model ({str(e)[:80]})") from None
+    try:
+        sizes = dict(zip(SIZES, HUB_MODELS.get(str(version), ())))
+        sizes = sizes or json.loads((pathlib.Path(version) / "config.json").read_text())
         sizes = sizes.get("text_config", sizes)
-    elif str(version) in HUB_MODELS:
-        sizes = dict(zip(SIZES, HUB_MODELS[str(version)]))
-    else:
-        raise ModelError(f"text encoder {version!r}: neither a folder nor one of {', '.join(HUB_MODELS)}")
+    except (OSError, ValueError, AttributeError, RecursionError) as e:
+        names = ", ".join(HUB_MODELS)
+        raise ModelError(f"{version}: neither a folder with a config.json ({str(e)[:80]}) nor one of {names}") from None
     known = CLIPTextConfig().to_dict()
     return CLIPTextConfig(**{k: v for k, v in {**sizes, **overrides}.items() if k in known and k != "model_type"})
 
 
 def _tokenizer(version, max_length):
     """CLIPTokenizer of the folder, or of CLIP's vocabulary where `version` has none."""
-    logger = logging.getLogger("transformers.models.clip.tokenization_clip")
     own = any((pathlib.Path(version) / name).is_file() for name in ("vocab.json", "tokenizer.json"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(version) if own else write_clip_vocabulary(temporary)
-        logger.disabled = True  # "ftfy is not installed": taken care of below
         try:
             tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=max_length)
         except Exception as e:  # the tokenizers library raises bare Exceptions
             raise ModelError(f"{folder}: not a readable CLIP tokenizer ({' '.join(str(e).split())[:100]})") from None
-        finally:
-            logger.disabled = False
     if getattr(tokenizer, "fix_text", 0) is None:  # without ftfy, transformers 4 strips accents
         tokenizer.fix_text = lambda text: unicodedata.normalize("NFC", text)
     return tokenizer
