@@ -79,7 +79,7 @@ def test_an_embedding_planted_as_the_truth_is_recovered(model, tmp_path):
     latents, _ = p3_model.DPMSolverSampler(model).sample(20, 8, [4, 8, 8], cond, x_T=x_T, verbose=False)
     moments = torch.stack([latents / model.scale_factor, torch.zeros_like(latents)], dim=1)
     captions = OBJECT_CAPTIONS[:1]
-    training = inversion(model, tmp_path, TINY._replace(steps=150, batch=4, lr=0.03 / 4, save_every=150), "green")
+    training = inversion(model, tmp_path, TINY._replace(steps=400, batch=4, lr=0.03 / 4, save_every=400), "green")
 
     def loss(word):
         return p3_invert.held_back_loss(model, moments[:2], [captions[0].format(word)] * 2, 8)

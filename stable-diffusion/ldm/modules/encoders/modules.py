@@ -75,7 +75,6 @@ class TextModel(CLIPTextModel):
         inner = CLIPTextModel(config)
         self.text_model = inner._modules.get("text_model", inner)
         self.text_model.embeddings.register_buffer("position_ids", torch.arange(config.max_position_embeddings)[None])
-        self.post_init()
 
     def forward(self, *args, **kwargs):
         return self.text_model(*args, **kwargs)
