@@ -243,21 +243,23 @@ import p1_train
 
 class Recording(p1_train.DigitDiffusion):
     def on_train_start(self):
-        self.seen = []
+        self.seen, self.noise = [], []
 
     def training_step(self, batch, i):
         self.seen += [int(x) for x in batch[0].flatten(1).long().sum(1)]
+        self.noise.append(torch.get_rng_state())  # what the step draws times and noise from
         return super().training_step(batch, i)
 
     def on_train_end(self):
-        torch.save({{"seen": self.seen, "weights": self.state_dict()}}, {out!r} + f"/rank{{self.global_rank}}.pt")
+        saved = {{"seen": self.seen, "noise": self.noise, "weights": self.state_dict()}}
+        torch.save(saved, {out!r} + f"/rank{{self.global_rank}}.pt")
 
 p1_train.DigitDiffusion = Recording
 p1_train.main(sys.argv[1:])
 """
 
 
-def test_two_processes_train_one_network_on_different_pictures(tiny, tmp_path):
+def test_two_processes_train_one_network_on_different_pictures_and_noise(tiny, tmp_path):
     pytest.importorskip("pytorch_lightning")
     (tmp_path / "recording.py").write_text(RECORDING.format(root=str(ROOT), out=str(tmp_path)))
     steps = ["--out", tmp_path, "--steps", 3, "--epoch-steps", 3, "--devices", 2]
@@ -269,6 +271,7 @@ def test_two_processes_train_one_network_on_different_pictures(tiny, tmp_path):
     a, b = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert a["weights"] and all(torch.equal(v, b["weights"][k]) for k, v in a["weights"].items())
     assert len(a["seen"]) == len(b["seen"]) == 3 * 16 and sorted(a["seen"]) != sorted(b["seen"])
+    assert not any(torch.equal(x, y) for x, y in zip(a["noise"], b["noise"]))
 
 
 def test_a_training_without_data_is_one_line(tmp_path):
