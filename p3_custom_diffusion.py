@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import p3_model
 from p3_concepts import image_files, only, read_concepts
-from p3_invert import Recipe, captions_of, encode, eps_loss, held_back_loss, kind_of, may_flip
+from p3_invert import Recipe, captions_of, encode, eps_loss, held_back_loss, initial, kind_of, may_flip
 from utils import Parser, add_device_options, cli, grad_scaler, output_file, pick_precision, real, whole
 
 # -------------------------------------------------------------------------------- training
@@ -88,7 +88,7 @@ def learn(model, jobs, recipe, count, out):
     tokens, pools, held, priors, captions = p3_model.learned_tokens(model), [], {}, [], {}
     for concept, files in jobs:
         word, token = concept.init_word or concept.word, concept.token
-        tokens.add(token, tokens.initial(word))
+        tokens.add(token, initial(tokens, word))
         told = captions_of(concept, kind_of(concept), files)
         captions[token] = sorted({text for texts in told for text in texts})
         told = [[text.replace("{}", token) for text in texts] for texts in told]

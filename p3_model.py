@@ -20,9 +20,8 @@ from safetensors.torch import save as to_bytes
 from utils import UserError, atomic, is_finite, load_checkpoint, noise_stream  # isort: skip  puts ldm on the path
 from utils import reuse_freed_memory, to_uint8, whole  # isort: skip
 
-from ldm.checkpoint import fingerprint
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
-from ldm.modules.textual_inversion import LearnedTokens, read_embeddings
+from ldm.modules.textual_inversion import LearnedTokens, fingerprint, read_embeddings
 from ldm.util import free_memory, load_model
 
 ROOT = pathlib.Path(__file__).resolve().parent

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import p3_model
 from p3_concepts import image_files, read_concepts
 from p3_custom_diffusion import batch_of, closed_form, learn, prior, words_of
-from p3_invert import Recipe
+from p3_invert import Recipe, initial
 from utils import UserError
 
 SMALL = ["--steps", 2, "--batch-size", 2, "--regularisation", 2, "--size", 64, "--device", "cpu", "--precision", "fp32"]
@@ -76,7 +76,7 @@ def test_keys_values_and_tokens_move_and_nothing_else_and_the_file_draws_what_th
     model, out = p3_tiny.load(files), tmp_path / "joint.safetensors"
     before, start = {k: v.clone() for k, v in model.state_dict().items()}, p3_model.learned_tokens(model)
     jobs = [(c, image_files(json_file.parent / c.key)) for c in read_concepts(json_file)]
-    starts = {c.token: start.initial(c.word) for c, _ in jobs}
+    starts = {c.token: initial(start, c.word) for c, _ in jobs}
     said = learn(model, jobs, Recipe(steps=20, batch=2, lr=0.004, crops=2, size=64), 1, out)
     for token in starts:
         first, last = said.split(f"{token} ")[1].split(", ")[0].split(";")[0].split(" -> ")

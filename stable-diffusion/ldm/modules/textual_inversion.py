@@ -37,7 +37,7 @@ class LearnedTokens(nn.Module):
         object.__setattr__(self, "embedder", embedder)  # not as a submodule: it is not ours to train or to save
         object.__setattr__(self, "table", embedder.transformer.get_input_embeddings())
         self._ids, self._lookup_below = [], self.table.forward
-        self.table.forward = self._lookup
+        self.table.forward, self.base_model = self._lookup, fingerprint(embedder.transformer)
 
     def _lookup(self, ids):
         """Token ids [B, N] -> vectors [B, N, dim] in the table's precision."""
@@ -51,12 +51,6 @@ class LearnedTokens(nn.Module):
     def detach(self):
         """Takes the patch off; the placeholders stay in the tokenizer, without a meaning."""
         self.table.forward = self._lookup_below
-
-    @property
-    def base_model(self):
-        """Sixteen hexadecimal digits that name the text encoder's weights, the same in float32 and float16."""
-        rows = [m.weight.detach()[:64] for m in self.embedder.transformer.modules() if isinstance(m, nn.Embedding)]
-        return hashlib.sha256(b"".join(r.half().cpu().numpy().tobytes() for r in rows)).hexdigest()[:16]
 
     def __contains__(self, token):
         return token in self.tokens
@@ -72,9 +66,7 @@ class LearnedTokens(nn.Module):
         for a word that the tokenizer has already."""
         vectors, dim = torch.atleast_2d(torch.as_tensor(vectors).detach().float()), self.table.weight.shape[1]
         if vectors.dim() != 2 or vectors.shape[1] != dim or not len(vectors) or not vectors.isfinite().all():
-            raise ModelError(
-                f"{token}: vectors {list(vectors.shape)}, or not finite; this text encoder takes [n, {dim}]"
-            )
+            raise ModelError(f"{token}: its vectors are {list(vectors.shape)}, or not finite; [n, {dim}] is wanted")
         if len(vectors) > self.embedder.max_length - 2:
             raise ModelError(f"{token}: {len(vectors)} vectors are more than a prompt holds")
         tokenizer, vocabulary = self.embedder.tokenizer, self.embedder.tokenizer.get_vocab()
@@ -119,6 +111,12 @@ class LearnedTokens(nn.Module):
             except ModelError as e:
                 raise ModelError(f"{path}: {e}") from None
         return list(embeddings)
+
+
+def fingerprint(module):
+    """Sixteen hexadecimal digits that name a text encoder's weights, the same in float32 and float16."""
+    rows = [m.weight.detach()[:64] for m in module.modules() if isinstance(m, nn.Embedding)]
+    return hashlib.sha256(b"".join(r.half().cpu().numpy().tobytes() for r in rows)).hexdigest()[:16]
 
 
 def read_embeddings(path, token=None):
