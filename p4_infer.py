@@ -24,7 +24,7 @@ from p4_model import HELD_BACK, load_digit_net, predict
 from utils import Parser, UserError, cli, whole
 
 CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
-SCENARIOS = {"svhn": "refined", "usps": "source"}  # and the training whose label-free score (p4_losses.py) is highest
+SCENARIOS = "svhn", "usps"
 
 
 def scenario_of(folder):
@@ -75,7 +75,7 @@ def parse(argv):
     option("csv", metavar="OUTPUT_CSV")
     option("--target", choices=SCENARIOS, help="the scenario (default: what the folder's path says)")
     modes = ["source", "dann", "refined", "target"]
-    option("--mode", choices=modes, help="the training (default: refined for svhn, source for usps)")
+    option("--mode", choices=modes, default="refined", help="the training (default: refined)")
     option("--checkpoint", help="default: checkpoints/p4_{target}_{mode}.pt")
     option("--gt", metavar="CSV", help="the accuracy on the pictures that it names, also in OUTPUT_CSV's .json")
     option("--held-back", action="store_true", help="only on those that p4_train.py holds back of a train.csv")
@@ -94,8 +94,7 @@ def main(argv=None):
     utils.reuse_freed_memory()
     device = args.device
     dtype = utils.pick_precision(args.precision, device)
-    target = args.target or scenario_of(args.folder)
-    mode = args.mode or SCENARIOS[target]
+    target, mode = args.target or scenario_of(args.folder), args.mode
     path = args.checkpoint or CHECKPOINTS / f"p4_{target}_{mode}.pt"
     net, config = load_digit_net(path)
     names, images = read_folder(args.folder)

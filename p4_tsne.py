@@ -19,8 +19,8 @@ from digits import load_digits
 from p4_model import HELD_BACK, SOURCE, load_digit_net, run_batches
 from utils import Parser, UserError, add_device_options, atomic, cli, output_file, reuse_freed_memory, whole
 
-# the adaptation of each scenario that stands beside source only, and its title
-ADAPTED = {"svhn": ("refined", "DANN, then self-training"), "usps": ("dann", "DANN")}
+SCENARIOS = "svhn", "usps"
+TRAININGS = {"source": "source only", "refined": "adapted"}
 
 
 def features_of(path, images, device):
@@ -80,13 +80,13 @@ def main(argv=None):
     reuse_freed_memory()
     source, source_digits = read_domain(args.data, "mnistm", args.count)
     panels, digits, domains = {}, {}, {}
-    with tqdm(total=2 * len(ADAPTED), desc="t-SNE", unit="map") as bar:
-        for target, adapted in ADAPTED.items():
+    with tqdm(total=2 * len(SCENARIOS), desc="t-SNE", unit="map") as bar:
+        for target in SCENARIOS:
             images, labels = read_domain(args.data, target, args.count)
             digits[target] = torch.cat([source_digits, labels]).numpy()
             domains[target] = np.repeat([0, 1], [len(source), len(images)])
             panels[target] = {}
-            for mode, title in (("source", "source only"), adapted):
+            for mode, title in TRAININGS.items():
                 features = features_of(f"{args.checkpoints}/p4_{target}_{mode}.pt", (source, images), args.device)
                 perplexity = min(30.0, (len(features) - 1) / 3)
                 points = TSNE(perplexity=perplexity, random_state=args.seed).fit_transform(features)

@@ -18,8 +18,6 @@ from p4_infer import scenario_of
 from p4_model import SOURCE, TARGET, load_digit_net, predict
 from utils import UserError, half, save_checkpoint
 
-SHIPPED = {"svhn": "refined", "usps": "source"}
-
 
 def save(path, seed=0, domain=TARGET):
     config = {"domain": domain}
@@ -35,7 +33,7 @@ def work(tmp_path_factory):
     write_domain(folder / "usps", grey=True, seed=1)
     (folder / "checkpoints").mkdir()
     save(folder / "checkpoints/p4_svhn_refined.pt")
-    save(folder / "checkpoints/p4_usps_source.pt", seed=1, domain=SOURCE)
+    save(folder / "checkpoints/p4_usps_refined.pt", seed=1)
     save(folder / "checkpoints/p4_svhn_source.pt", domain=SOURCE)
     return folder
 
@@ -72,7 +70,7 @@ def test_the_csv_has_a_row_for_each_picture_sorted_by_name(work, tmp_path, name,
     assert [n for n, _ in lines] == [f"{i:05d}.png" for i in range(60)]
     assert {label for _, label in lines} <= set("0123456789") and len({label for _, label in lines}) > 2
     assert b"\r" not in (tmp_path / "new" / "out.csv").read_bytes()
-    assert f"wrote 60 labels ({name}, {SHIPPED[name]})" in capsys.readouterr().out.splitlines()[-1]
+    assert f"wrote 60 labels ({name}, refined)" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_the_labels_are_the_scenario_s_network_s(work, tmp_path):
@@ -80,7 +78,7 @@ def test_the_labels_are_the_scenario_s_network_s(work, tmp_path):
         infer(work / name / "data", tmp_path / "out.csv")
         pixels = [np.asarray(Image.open(work / name / "data" / f"{i:05d}.png").convert("RGB")) for i in range(60)]
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-        net, config = load_digit_net(work / f"checkpoints/p4_{name}_{SHIPPED[name]}.pt")
+        net, config = load_digit_net(work / f"checkpoints/p4_{name}_refined.pt")
         assert [int(label) for _, label in rows(tmp_path / "out.csv")[1:]] == predict(
             net, images, config["domain"]
         ).tolist()
@@ -166,7 +164,7 @@ def test_an_unknown_scenario_asks_for_target(tmp_path):
 
 def test_target_overrides_the_path(work, tmp_path, capsys):
     infer(work / "svhn/data", tmp_path / "out.csv", "--target", "usps")
-    assert "(usps, source)" in capsys.readouterr().out
+    assert "(usps, refined)" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------ bad input
@@ -226,7 +224,7 @@ def test_the_t_sne_picture_has_a_row_of_four_panels_for_each_scenario(work, tmp_
     write_domain(tmp_path / "digits/mnistm", seed=2, count=200)
     for name in ("svhn", "usps"):
         write_domain(tmp_path / "digits" / name, count=200)
-        for mode in ("source", p4_tsne.ADAPTED[name][0]):
+        for mode in p4_tsne.TRAININGS:
             save(tmp_path / f"p4_{name}_{mode}.pt", domain=SOURCE if mode == "source" else TARGET)
     options = ["--data", tmp_path / "digits", "--device", "cpu", "--checkpoints", tmp_path, "--count", 20]
     p4_tsne.main([str(a) for a in (tmp_path / "out" / "tsne.png", *options)])
