@@ -284,9 +284,9 @@ def _read_safetensors(path, lazy):
     return {k: StoredTensor(v) for k, v in tensors.items()} if lazy else tensors
 
 
-def read_state_dict(path):
-    """{name: StoredTensor} of a checkpoint: of its entry "state_dict" where it has one."""
-    content = read_checkpoint(path)
+def read_state_dict(path, content=None):
+    """{name: StoredTensor} of a checkpoint, or of its content: of its entry "state_dict" where it has one."""
+    content = read_checkpoint(path) if content is None else content
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {k: v for k, v in state.items() if isinstance(v, StoredTensor)} if isinstance(state, dict) else {}
     if not tensors:

@@ -59,9 +59,10 @@ def load_model(config, ckpt, device="cpu", dtype=torch.float32):
     """The model of a config with the weights of `ckpt`: frozen, in eval mode, network and autoencoder in `dtype`, the
     text encoder in float32. A config is a path, its OmegaConf, or None for the one in configs/stable-diffusion/ that
     the checkpoint names (if none, v1). Memory peaks at the model's own size."""
-    stored = read_state_dict(ckpt)  # first: its errors come at once
+    content = read_checkpoint(ckpt)  # first: its errors come at once
+    stored = read_state_dict(ckpt, content)
     if config is None:
-        config = CONFIGS.get(str(read_checkpoint(ckpt).get("config")), CONFIGS["v1-inference"])
+        config = CONFIGS.get(str(content.get("config")), CONFIGS["v1-inference"])
     config = read_config(config) if isinstance(config, (str, pathlib.Path)) else config
     model = load_weights(uninitialised(config.model), stored, ckpt, device, dtype)
     return model.to(device).eval().requires_grad_(False)
