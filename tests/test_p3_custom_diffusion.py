@@ -13,7 +13,7 @@ import p3_model
 from p3_concepts import image_files, read_concepts
 from p3_custom_diffusion import batch_of, closed_form, learn, prior, words_of
 from p3_invert import Recipe, initial
-from utils import UserError
+from utils import UserError, torch_version
 
 SMALL = ["--steps", 2, "--batch-size", 2, "--regularisation", 2, "--size", 64, "--device", "cpu", "--precision", "fp32"]
 BOTH = "a <new1> next to a <new2>"
@@ -90,6 +90,7 @@ def test_keys_values_and_tokens_move_and_nothing_else_and_the_file_draws_what_th
     assert torch.equal(*drawn)
 
 
+@pytest.mark.skipif(torch_version() < (2, 0), reason="torch before 2.0 has no bf16 on CPUs")
 def test_small_steps_are_not_rounded_away_in_half_precision(files, json_file, tmp_path):
     """Differences of 1e-5 beside weights of 0.3, which in bfloat16 are apart by 1e-3."""
     model, (concept, _) = p3_tiny.load(files), read_concepts(json_file)
@@ -113,6 +114,7 @@ def test_the_prior_is_drawn_of_its_texts_in_turns_without_guidance(model):
     assert torch.allclose(moments[1:2, 0] * model.scale_factor, alone, atol=1e-4)
 
 
+@pytest.mark.skipif(torch_version() < (2, 0), reason="torch before 2.0 builds no module without memory")
 def test_at_full_size_a_delta_has_19_million_differences():
     from ldm.util import CONFIGS, instantiate_from_config, read_config
 
@@ -156,7 +158,7 @@ def test_where_other_captions_say_nothing_the_matrix_stays():
 
 def test_each_concept_of_a_merge_keeps_its_own_keys_and_values_on_its_words(files, deltas):
     merged, _ = with_delta(files, deltas[2])
-    after = p3_model.keys_and_values(merged)
+    after, both = p3_model.keys_and_values(merged), p3_model.read_delta(deltas[2], merged)[2]
     for path in deltas[:2]:
         own, _ = with_delta(files, path)
         _, captions, differences = p3_model.read_delta(path, own)
@@ -165,7 +167,8 @@ def test_each_concept_of_a_merge_keeps_its_own_keys_and_values_on_its_words(file
         assert torch.equal(C, words_of(own, token, texts)) and len(C) == 3 + 2 + 2  # from the token to the end
         for name, matrix in p3_model.keys_and_values(own).items():
             wanted, change = C @ matrix.T, C @ differences[name].float().T
-            assert (C @ after[name].T - wanted).abs().max() < 0.02 * change.abs().max()
+            rounding = C.abs() @ both[name].float().abs().T * 2**-11  # of differences in half precision
+            assert ((C @ after[name].T - wanted).abs() < rounding + 0.01 * change.abs().max()).all()
 
 
 def test_a_merge_of_one_concept_is_it_on_its_words(files, deltas, model_options, tmp_path):
