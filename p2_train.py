@@ -1,6 +1,7 @@
 """Trains a narrow face U-Net for Problem 2, so that faces can be seen without the course's UNet.pt.
 
     python3 p2_train.py --data hw2_data/face/photos --out runs/p2       # the same line again resumes it
+    python3 p2_train.py --out runs/p2_more --start checkpoints/p2_faces.pt      # with either objective
 
 Leaves in --out: last.ckpt (resumable), best.pt (of all epochs and --ema decays the average with the lowest loss on
 held-back faces, in half precision; copy it to checkpoints/p2_faces.pt), samples/*.png (16 faces after every epoch),
@@ -26,7 +27,7 @@ import utils
 from diffusion import ddim, eps_from_v, run, schedule, time_batch, timesteps, training_loss
 from digits import is_validation
 from train_common import Batches, SaveBest, Training, add_training_options, fit, lightning_trainer
-from UNet import UNet, norm_groups
+from UNet import UNet, load_unet, norm_groups
 from utils import Parser, UserError, cli, real, whole
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -94,6 +95,7 @@ def parse(argv):
     option = parser.add_argument
     option("--data", default="hw2_data/face/photos", help="folder of pictures")
     option("--size", type=whole(32, 2048, 32), default=64, help="height and width, a multiple of 32 (default: 64)")
+    option("--start", metavar="CHECKPOINT", help="go on from its weights; --channel is its own")
     option("--channel", type=channel, default=32, help="width of the largest map; 128 is the course's (default: 32)")
     option("--objective", choices=["eps", "v"], default="v", help="what the network predicts (default: v)")
     option("--min-snr", type=real(0), default=0.0, help="gamma of the min-SNR loss weight; 0 = none (default: 0)")
@@ -118,10 +120,11 @@ def main(argv=None):
     args = parse(argv)
     train, val = read_faces(args.data, args.size)
     out = utils.output_folder(args.out)
-    config = {name: getattr(args, name) for name in ("channel", "size", "objective", "floor", "perturb")}
-    config["min_snr"] = args.min_snr or None
+    config = {name: getattr(args, name) for name in ("size", "objective", "floor", "perturb")}
     pl.seed_everything(args.seed, verbose=False)
-    module = FaceDiffusion(UNet(channel=args.channel), config, args)
+    model = load_unet(args.start).requires_grad_(True) if args.start else UNet(channel=args.channel)
+    config.update(channel=model.out[0].num_channels, min_snr=args.min_snr or None)
+    module = FaceDiffusion(model, config, args)
     trainer = lightning_trainer(args, [SaveBest(out, draw)])
     drawn = Batches(len(train), lambda rows: train[torch.randint(len(train), (len(rows),))])
     fit(args, trainer, module, drawn, Batches(len(val), val.__getitem__))

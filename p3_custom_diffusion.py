@@ -54,17 +54,15 @@ def train(model, vectors, concepts, priors, recipe):
     float32, whatever the network's precision, so that small steps are not rounded away.
     """
     matrices = p3_model.keys_and_values(model)
-    before = {name: p.detach().float().clone() for name, p in matrices.items()}
+    before = {name: p.requires_grad_(True).detach().float().clone() for name, p in matrices.items()}
     learned = {name: torch.zeros_like(w, requires_grad=True) for name, w in before.items()}
     parameters, scaler = [*learned.values(), *vectors], grad_scaler(model.device, model.dtype)
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr * recipe.batch, weight_decay=0.0)
 
-    def place(differences, trainable):
+    def place(differences):
         for name, p in matrices.items():
             p.data = (before[name] + differences[name].detach().to(before[name])).to(p.dtype)
-            p.requires_grad_(trainable)
 
-    place(learned, True)
     for step in (bar := tqdm(range(recipe.steps), "train", unit="step")):
         draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         (new, said), (known, plain) = (batch_of(pools, recipe.batch, draw) for pools in (concepts, priors))
@@ -76,10 +74,12 @@ def train(model, vectors, concepts, priors, recipe):
             learned[name].grad, p.grad = p.grad.float(), None
         scaler.step(optimizer)
         scaler.update()
-        place(learned, True)
+        place(learned)
         bar.set_postfix(loss=f"{float(loss.detach()):.4f}")
     saved = {name: d.detach().half().cpu() for name, d in learned.items()}
-    place(saved, False)  # what the file says, to the bit
+    place(saved)  # what the file says, to the bit
+    for p in matrices.values():
+        p.requires_grad_(False)
     return saved
 
 

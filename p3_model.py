@@ -52,6 +52,7 @@ def weights_id(model):
 
 
 def _digest(tensors):
+    """Sixteen hexadecimal digits of the values of tensors, in their order."""
     digest = hashlib.sha256()
     for x in tensors:
         digest.update(x.detach().float().cpu().contiguous().numpy().tobytes())

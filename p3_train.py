@@ -137,7 +137,7 @@ class Contrastive(Stage):
 
     def __init__(self, network, args):
         super().__init__(args)  # nothing compiled: its batches vary
-        self.model = network
+        self.model = network.to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
         for name in ("subject", "style"):  # whether a caption of that form says it: bool [forms]

@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 import utils
 from digits import is_validation, read_csv, read_image
-from p4_model import HELD_BACK, load_digit_net, predict
+from p4_model import HELD_BACK, SCENARIOS, load_digit_net, predict
 from utils import Parser, UserError, cli, whole
 
 CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
-SCENARIOS = "svhn", "usps"
 
 
 def scenario_of(folder):

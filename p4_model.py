@@ -18,6 +18,7 @@ from utils import UserError, load_checkpoint, load_weights
 
 SOURCE, TARGET = 0, 1  # index of a domain, and the domain classifier's label
 FEATURES = 128
+SCENARIOS = "svhn", "usps"  # MNIST-M to each of these
 HELD_BACK = {"mnistm": 0.1, "svhn": 0.2, "usps": 0.2}  # for validation, where a domain has no val.csv
 
 

@@ -16,10 +16,9 @@ import torch
 from tqdm import tqdm
 
 from digits import load_digits
-from p4_model import HELD_BACK, SOURCE, load_digit_net, run_batches
+from p4_model import HELD_BACK, SCENARIOS, SOURCE, load_digit_net, run_batches
 from utils import Parser, UserError, add_device_options, atomic, cli, output_file, reuse_freed_memory, whole
 
-SCENARIOS = "svhn", "usps"
 TRAININGS = {"source": "source only", "refined": "adapted"}
 
 

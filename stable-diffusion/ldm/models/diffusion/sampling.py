@@ -34,7 +34,7 @@ def guided(model, cond, unconditional_conditioning=None, unconditional_guidance_
 def uniform_times(T, steps):
     """The times 1 + i (T // steps), i = 0 .. steps - 1, of DDIM in CompVis's code."""
     if not 1 <= steps < T:
-        raise ValueError(f"{steps} DDIM steps: take 1 to {T - 1}")
+        raise ValueError(f"{steps} steps: take 1 to {T - 1}")
     return [1 + i * (T // steps) for i in range(steps)]
 
 
