@@ -1,6 +1,7 @@
 """Trains a small Stable Diffusion from scratch: its autoencoder, a CLIP, then the latent diffusion model.
 
     python3 p3_train.py --data runs/emoji --out runs/tiny       # all three; the same line again goes on with them
+    python3 p3_train.py --out runs/more --start checkpoints/tiny.ckpt           # goes on with its network alone
     python3 p3_train.py --set diffusion.steps=50000 diffusion.batch_size=64     # other than in the config's `training`
 
 DATA is what tools/make_emoji_dataset.py writes: emoji.npz and emoji.json. Leaves in OUT: autoencoder.pt, clip.pt (a
@@ -54,7 +55,8 @@ class Stage(pl.LightningModule):
         wanted = [p for p in self.parameters() if p.requires_grad]
         matrices, vectors = [p for p in wanted if p.dim() > 1], [p for p in wanted if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, self.args.lr, betas=(0.9, 0.99))
+        fused = self.device.type == "cpu"  # else Lightning does not clip gradients of float16
+        optimizer = torch.optim.AdamW(groups, self.args.lr, betas=(0.9, 0.99), fused=fused)
         return warmup_cosine(optimizer, self.args.steps, self.args.warmup)
 
     def show(self, pictures):
@@ -248,12 +250,23 @@ def packed(model, name, ids, step, metrics):
     return {"state_dict": state, "config": name, "step": step, "global_step": step, "metrics": metrics}
 
 
-def train_diffusion(args, config, pictures):
-    train, val = pictures.rows("train"), pictures.rows("val")
-    text = utils.load_checkpoint(args.out.parent / "text.pt")
-    model = instantiate_from_config(config.model)
+def begun(args, config):
+    """(LatentDiffusion, the ids of its words, steps that its network has had): of --start, or of the stages before."""
+    if args.start:
+        stored = utils.load_checkpoint(args.start)
+        if not isinstance(stored.get("step"), int) or "known_words" not in stored.get("state_dict", {}):
+            raise UserError(f"{args.start}: no model.ckpt of p3_train.py, which alone can go on; leave --start out")
+        model = p3_model.load_stable_diffusion(args.start, "cpu", torch.float32)
+        return model, stored["state_dict"]["known_words"], stored["step"]
+    text, model = utils.load_checkpoint(args.out.parent / "text.pt"), instantiate_from_config(config.model)
     model.first_stage_model.load_state_dict(utils.load_checkpoint(args.out.parent / "autoencoder.pt")["state_dict"])
     model.cond_stage_model.load_state_dict(text["text"])
+    return model, text["ids"], 0
+
+
+def train_diffusion(args, config, pictures):
+    train, val = pictures.rows("train"), pictures.rows("val")
+    model, ids, before = begun(args, config)
     latents = cache_latents(model.first_stage_model, pictures.images[train], args.variants)
     held_back = cache_latents(model.first_stage_model, pictures.images[val], 1)[0]
     captions = [pictures.caption(r) for r in val]
@@ -273,7 +286,7 @@ def train_diffusion(args, config, pictures):
     module = Diffusing(model.model.diffusion_model, model.alphas_cumprod, preview, args)
     metrics = run(module, Batches(len(train), batch), validation)
     name = pathlib.Path(args.config).stem
-    utils.save_checkpoint(packed(model, name, text["ids"], args.steps, metrics), args.out.parent / "model.ckpt")
+    utils.save_checkpoint(packed(model, name, ids, before + args.steps, metrics), args.out.parent / "model.ckpt")
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -321,6 +334,7 @@ def parse(argv):
     option = parser.add_argument
     option("--data", default="hw2_data/emoji", help="folder of emoji.npz and emoji.json")
     option("--config", default=str(CONFIGS["tiny"]), help="the model's YAML, with its `training`")
+    option("--start", metavar="CKPT", help="a model.ckpt of this script: only its network is trained, and further")
     option("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other values than in the config's `training`")
     option("--compile", action="store_true", help="needs a C++ compiler")
     add_run_options(parser, out="runs/tiny")
@@ -347,11 +361,11 @@ def main(argv=None):
     except (OmegaConfBaseException, AttributeError) as e:
         raise UserError(f"--set: not of the `training` of {args.config} ({str(e).splitlines()[0]})") from None
     pictures, out = Pictures(args.data), utils.output_folder(args.out)
-    for name, (result, train) in STAGES.items():
+    for name, (result, train) in list(STAGES.items())[-1 if args.start else 0 :]:
         if not (out / result).is_file():
             pl.seed_everything(args.seed, verbose=False)
             train(stage_args(args, training, name, begin), config, pictures)
-    print(f"wrote {out}/{{autoencoder.pt,clip.pt,model.ckpt}}")
+    print(f"wrote {out}/{'model.ckpt' if args.start else '{autoencoder.pt,clip.pt,model.ckpt}'}")
 
 
 if __name__ == "__main__":

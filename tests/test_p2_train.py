@@ -68,6 +68,16 @@ def test_a_stopped_training_resumes_to_the_same_weights(photos, trained, tmp_pat
     assert once["metrics"] == pytest.approx(twice["metrics"], abs=1e-4)
 
 
+def test_start_goes_on_from_the_weights_of_another_objective(photos, trained, tmp_path):
+    options = ["--start", trained / "best.pt", "--channel", 8, "--objective", "eps"]
+    train("--data", photos, "--out", tmp_path, *SMALL, *options, "--steps", 1, "--epoch-steps", 1, "--lr", 1e-9)
+    before, after = (torch.load(out / "best.pt", weights_only=False) for out in (trained, tmp_path))
+    assert (before["config"]["objective"], after["config"]["objective"]) == ("v", "eps")
+    assert before["config"]["channel"] == after["config"]["channel"] == 4
+    for key, value in before["state_dict"].items():
+        assert torch.allclose(value.float(), after["state_dict"][key].float(), atol=1e-4), key
+
+
 def test_the_checkpoint_draws_pictures_and_is_half_precision_but_for_the_time(trained, tmp_path):
     state_dict = torch.load(trained / "best.pt", weights_only=False)["state_dict"]
     assert {k for k, v in state_dict.items() if v.dtype != torch.float16} == {"time.0.inv_freq"}

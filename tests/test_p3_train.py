@@ -157,6 +157,23 @@ def test_a_stage_in_two_parts_is_the_one_in_one_go(data, tmp_path, monkeypatch, 
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_start_trains_the_network_of_a_model_further_and_nothing_else(trained, data, tmp_path):
+    run(data, tmp_path, "--start", str(trained / "model.ckpt"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["diffusion", "model.ckpt"]
+    before, after = torch.load(trained / "model.ckpt"), torch.load(tmp_path / "model.ckpt")
+    assert (before["step"], after["step"]) == (3, 6)
+    a, b = before["state_dict"], after["state_dict"]
+    changed = {k for k in a if not torch.equal(a[k], b[k])}
+    assert a.keys() == b.keys() and changed and all(k.startswith("model.diffusion_model.") for k in changed)
+
+
+def test_start_with_another_checkpoint_is_one_line(trained, data, tmp_path, capsys):
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(SystemExit) as stopped:
+        run(data, tmp_path / "run", "--start", str(tmp_path / "other.ckpt"))
+    assert stopped.value.code == 2 and "other.ckpt: no model.ckpt of p3_train.py" in capsys.readouterr().err
+
+
 def test_ctrl_c_says_where_the_same_line_goes_on(data, tmp_path, monkeypatch, capsys):
     def pressed(*arguments):
         raise KeyboardInterrupt
