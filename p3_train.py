@@ -55,8 +55,7 @@ class Stage(pl.LightningModule):
         wanted = [p for p in self.parameters() if p.requires_grad]
         matrices, vectors = [p for p in wanted if p.dim() > 1], [p for p in wanted if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-        fused = self.device.type == "cpu"  # else Lightning does not clip gradients of float16
-        optimizer = torch.optim.AdamW(groups, self.args.lr, betas=(0.9, 0.99), fused=fused)
+        optimizer = torch.optim.AdamW(groups, self.args.lr, betas=(0.9, 0.99))
         return warmup_cosine(optimizer, self.args.steps, self.args.warmup)
 
     def show(self, pictures):
