@@ -219,7 +219,7 @@ class Diffusing(Stage):
 
     def __init__(self, network, alpha_bar, preview, args):
         super().__init__(args, compiled=(network,))
-        self.model = network.to(memory_format=torch.channels_last).requires_grad_(True)
+        self.model = network.to(memory_format=torch.channels_last).requires_grad_(True).train()
         self.alpha_bar, self.preview = alpha_bar.double(), preview
 
     def loss(self, batch, noise=None, **how):
