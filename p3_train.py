@@ -253,10 +253,11 @@ def begun(args, config):
     """(LatentDiffusion, the ids of its words, steps that its network has had): of --start, or of the stages before."""
     if args.start:
         stored = utils.load_checkpoint(args.start)
-        if not isinstance(stored.get("step"), int) or "known_words" not in stored.get("state_dict", {}):
+        state = stored.get("state_dict") if isinstance(stored, dict) else None
+        if not isinstance(state, dict) or "known_words" not in state or not isinstance(stored.get("step"), int):
             raise UserError(f"{args.start}: no model.ckpt of p3_train.py, which alone can go on; leave --start out")
         model = p3_model.load_stable_diffusion(args.start, "cpu", torch.float32)
-        return model, stored["state_dict"]["known_words"], stored["step"]
+        return model, state["known_words"], stored["step"]
     text, model = utils.load_checkpoint(args.out.parent / "text.pt"), instantiate_from_config(config.model)
     model.first_stage_model.load_state_dict(utils.load_checkpoint(args.out.parent / "autoencoder.pt")["state_dict"])
     model.cond_stage_model.load_state_dict(text["text"])

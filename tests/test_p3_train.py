@@ -167,8 +167,9 @@ def test_start_trains_the_network_of_a_model_further_and_nothing_else(trained, d
     assert a.keys() == b.keys() and changed and all(k.startswith("model.diffusion_model.") for k in changed)
 
 
-def test_start_with_another_checkpoint_is_one_line(trained, data, tmp_path, capsys):
-    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+@pytest.mark.parametrize("content", [{"state_dict": {}}, {"state_dict": torch.zeros(2)}, [torch.zeros(2)]])
+def test_start_with_another_checkpoint_is_one_line(data, tmp_path, capsys, content):
+    torch.save(content, tmp_path / "other.ckpt")
     with pytest.raises(SystemExit) as stopped:
         run(data, tmp_path / "run", "--start", str(tmp_path / "other.ckpt"))
     assert stopped.value.code == 2 and "other.ckpt: no model.ckpt of p3_train.py" in capsys.readouterr().err
