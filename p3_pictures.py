@@ -56,17 +56,30 @@ class Pictures:
         subject, style = self.subjects[self.subject[row]], self.vendors[self.vendor[row]]
         return CAPTIONS[form].format(subject=subject, style=style)
 
-    def train_captions(self):
-        """Every caption of the training pictures, once."""
-        return list(dict.fromkeys(self.caption(r, f) for r in self.rows("train") for f in range(len(CAPTIONS))))
+    def captions(self, rows):
+        """Every caption of those pictures, once."""
+        return list(dict.fromkeys(self.caption(r, f) for r in rows for f in range(len(CAPTIONS))))
 
 
-def moved(x):
-    """Images [B, C, H, W] in [-1, 1], each a little turned (8 degrees), shrunk or grown (15 %) and shifted (6 %), on
-    white."""
-    turn, size, shift = ((torch.rand(len(x), k) * 2 - 1) * most for k, most in ((1, 0.14), (1, 0.15), (2, 0.12)))
+def moved(x, turn=0.14, size=0.15, shift=0.06):
+    """Images [B, C, H, W] in [-1, 1], each turned (radians), shrunk or grown and shifted by up to that, on white."""
+    turn, size, shift = ((torch.rand(len(x), k) * 2 - 1) * most for k, most in ((1, turn), (1, size), (2, 2 * shift)))
     grid = affine_grid(x, turn[:, 0], 1 + size.expand(-1, 2), shift)
     return F.grid_sample(x - 1, grid, align_corners=False) + 1
+
+
+def distorted(x):
+    """The same moved further, mirrored half of the time, in other colours, and with a square of half the side blotted
+    out at random: what leaves subject and style to be seen, so that a CLIP learns these rather than the pictures."""
+    b, _, h, w = x.shape
+    x = moved(x, turn=0.25, size=0.25, shift=0.1)
+    x = torch.where(torch.rand(b, 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
+    contrast, colour = (torch.rand(b, c, 1, 1, device=x.device) * 2 - 1 for c in (1, 3))
+    x = 1 - (1 - x) * (1 + 0.2 * contrast + 0.1 * colour)  # white stays
+    top, left = (torch.rand(2, b, 1, 1, 1, device=x.device) * 1.5 - 0.25).unbind(0)
+    down, right = torch.linspace(0, 1, h, device=x.device)[:, None], torch.linspace(0, 1, w, device=x.device)
+    blot = ((down - top).abs() < 0.25) & ((right - left).abs() < 0.25)
+    return torch.where(blot, 1.0, x)
 
 
 class Words:
@@ -93,8 +106,9 @@ def cache_latents(autoencoder, images, variants):
     cached = []
     for variant in range(variants):
         for part in tqdm(images.split(64), f"latents {variant + 1} of {variants}", leave=False):
-            posterior = autoencoder.encode(moved(to_float(part)) if variant else to_float(part))
-            cached.append(torch.stack([posterior.mean, posterior.std], dim=1).half())
+            part = to_float(part.to(autoencoder.quant_conv.weight.device))
+            posterior = autoencoder.encode(moved(part) if variant else part)
+            cached.append(torch.stack([posterior.mean, posterior.std], dim=1).half().cpu())
     return torch.cat(cached).unflatten(0, (variants, len(images)))
 
 
@@ -103,5 +117,5 @@ def cache_conditionings(model, captions):
     """{caption: half [M, D]} of the text encoder."""
     captions = list(dict.fromkeys(captions))
     parts = [captions[i : i + 256] for i in range(0, len(captions), 256)]
-    cached = [model.get_learned_conditioning(part).half() for part in tqdm(parts, "captions", leave=False)]
+    cached = [model.get_learned_conditioning(part).half().cpu() for part in tqdm(parts, "captions", leave=False)]
     return dict(zip(captions, torch.cat(cached)))

@@ -1,13 +1,13 @@
-"""Trains a small Stable Diffusion from scratch: its autoencoder, a CLIP, then the latent diffusion model.
+"""Trains a small Stable Diffusion from scratch: autoencoder, text encoder, a CLIP that judges, latent diffusion model.
 
-    python3 p3_train.py --data runs/emoji --out runs/tiny       # all three; the same line again goes on with them
+    python3 p3_train.py --data runs/emoji --out runs/tiny       # all four; the same line again goes on with them
     python3 p3_train.py --out runs/more --start checkpoints/tiny.ckpt           # goes on with its network alone
     python3 p3_train.py --set diffusion.steps=50000 diffusion.batch_size=64     # other than in the config's `training`
 
-DATA is what tools/make_emoji_dataset.py writes: emoji.npz and emoji.json. Leaves in OUT: autoencoder.pt, clip.pt (a
-CLIP in OpenAI's layout, which clip.load builds), model.ckpt (in the layout of sd-v1-4.ckpt, half precision, of the
-words only those that occur in captions), and for each stage a folder with last.ckpt (resumable), samples/, csv/ and
-tensorboard/.
+DATA is what tools/make_emoji_dataset.py writes: emoji.npz and emoji.json. Leaves in OUT: autoencoder.pt, text.pt,
+clip.pt (the judge, in OpenAI's layout, which clip.load builds), model.ckpt (in the layout of sd-v1-4.ckpt, half
+precision, of the words only those that occur in captions), and for each stage a folder with last.ckpt (resumable),
+samples/, csv/ and tensorboard/.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ldm.util import CONFIGS, instantiate_from_config, read_config
 import utils
 from diffusion import training_loss
 from p3_clip import MEAN, STD, openai_clip, save_clip, transformers_names
-from p3_pictures import CAPTIONS, SHARES, Pictures, Words, cache_conditionings, cache_latents, moved
+from p3_pictures import CAPTIONS, SHARES, Pictures, Words, cache_conditionings, cache_latents, distorted
 from train_common import Batches, add_run_options, fit, lightning_trainer, warmup_cosine
 from utils import Parser, UserError, cli
 
@@ -146,13 +146,14 @@ class Contrastive(Stage):
             self.register_buffer(f"says_{name}", says, persistent=False)
 
     def logits(self, x, tokens):
+        x = F.interpolate(x, [self.model.visual.input_resolution] * 2, mode="bicubic", antialias=True)
         return self.model(((x + 1) / 2 - self.mean) / self.std, tokens)[0].float()
 
     def training_step(self, batch, _):
         images, tokens, subject, vendor, form = batch
         right = (subject[:, None] == subject) | ~self.says_subject[form]
         right &= (vendor[:, None] == vendor) | ~self.says_style[form]
-        logits, right = self.logits(moved(utils.to_float(images)), tokens), right.float()
+        logits, right = self.logits(distorted(utils.to_float(images)), tokens), right.float()
         of_pictures = F.cross_entropy(logits, right / right.sum(1, keepdim=True))
         of_captions = F.cross_entropy(logits.T, right.T / right.sum(0)[:, None])
         loss = (of_pictures + of_captions) / 2
@@ -179,11 +180,12 @@ def whole_clip(network, ids, context_length=77):
     return {**state, "token_embedding.weight": table, "positional_embedding": torch.cat([positions, unseen])}
 
 
-def train_clip(args, config, pictures):
-    train, val = pictures.rows("train"), pictures.rows("val")[:200]
-    text, size = config.model.params.cond_stage_config.params, pictures.images.shape[-1]
-    words, sizes = Words(pictures.train_captions(), text.max_length), text.config
-    vision = args.embed_dim, size, tuple(args.vision_layers), args.vision_width, None
+def train_clip(args, config, pictures, splits):
+    """(CLIP, its Words, metrics), trained on pictures of those splits."""
+    train, val = torch.cat([pictures.rows(split) for split in splits]), pictures.rows("val")[:200]
+    text = config.model.params.cond_stage_config.params
+    words, sizes = Words(pictures.captions(train), text.max_length), text.config
+    vision = args.embed_dim, args.resolution, tuple(args.vision_layers), args.vision_width, None
     heads_and_layers = sizes.num_attention_heads, sizes.num_hidden_layers
     network = openai_clip.model.CLIP(*vision, text.max_length, len(words.ids), sizes.hidden_size, *heads_and_layers)
     members = [train[pictures.subject[train] == s] for s in pictures.subject[train].unique()]
@@ -200,11 +202,21 @@ def train_clip(args, config, pictures):
     tokens = words([pictures.caption(r) for r in val])
     held_back = Batches(len(val), lambda rows: (pictures.images[val[rows]], tokens[rows]))
     metrics = run(Contrastive(network, args), Batches(len(train), batch), held_back)
-    whole = whole_clip(network, words.ids)
-    text = {f"transformer.{k}": v for k, v in transformers_names(whole).items() if k.startswith("text_model.")}
-    text["transformer.text_model.embeddings.position_ids"] = torch.arange(len(whole["positional_embedding"]))[None]
+    return whole_clip(network, words.ids), words, metrics
+
+
+def train_text_encoder(args, config, pictures):
+    """That of a CLIP which saw what the diffusion model shall see."""
+    state, words, metrics = train_clip(args, config, pictures, ["train"])
+    text = {f"transformer.{k}": v for k, v in transformers_names(state).items() if k.startswith("text_model.")}
+    text["transformer.text_model.embeddings.position_ids"] = torch.arange(len(state["positional_embedding"]))[None]
     utils.save_checkpoint({"text": text, "ids": words.ids, "metrics": metrics}, args.out.parent / "text.pt")
-    save_clip(whole, args.out.parent / "clip.pt")
+
+
+def train_judge(args, config, pictures):
+    """A CLIP that grades, as OpenAI's does: it saw also the subjects and styles that the diffusion model never sees."""
+    state, _, _ = train_clip(args, config, pictures, ["train", "subject", "style"])
+    save_clip(state, args.out.parent / "clip.pt")
 
 
 # ------------------------------------------------------------------------------------------------ diffusion
@@ -267,10 +279,12 @@ def begun(args, config):
 def train_diffusion(args, config, pictures):
     train, val = pictures.rows("train"), pictures.rows("val")
     model, ids, before = begun(args, config)
+    model.to(args.device)
     latents = cache_latents(model.first_stage_model, pictures.images[train], args.variants)
     held_back = cache_latents(model.first_stage_model, pictures.images[val], 1)[0]
     captions = [pictures.caption(r) for r in val]
-    conds = cache_conditionings(model, ["", *pictures.train_captions(), *captions])
+    conds = cache_conditionings(model, ["", *pictures.captions(train), *captions])
+    model.cpu()
 
     def batch(asked):
         n = len(asked)
@@ -293,7 +307,8 @@ def train_diffusion(args, config, pictures):
 
 STAGES = {
     "autoencoder": ("autoencoder.pt", train_autoencoder),
-    "clip": ("clip.pt", train_clip),
+    "text_encoder": ("text.pt", train_text_encoder),
+    "judge": ("clip.pt", train_judge),
     "diffusion": ("model.ckpt", train_diffusion),
 }
 
@@ -365,7 +380,7 @@ def main(argv=None):
         if not (out / result).is_file():
             pl.seed_everything(args.seed, verbose=False)
             train(stage_args(args, training, name, begin), config, pictures)
-    print(f"wrote {out}/{'model.ckpt' if args.start else '{autoencoder.pt,clip.pt,model.ckpt}'}")
+    print(f"wrote {out}/{'model.ckpt' if args.start else '{autoencoder.pt,text.pt,clip.pt,model.ckpt}'}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import io
 import json
 import signal
+import types
 
 import numpy as np
 import pytest
@@ -18,14 +19,13 @@ import p3_pictures  # noqa: E402
 from p3_clip import openai_names, transformers_names  # noqa: E402
 from utils import to_float  # noqa: E402
 
-SUBJECTS = ["a red dot", "a green dot", "a blue dot", "a black box", "a white box", "an orange"]
-VENDORS = ["Noto", "Twemoji", "OpenMoji"]
+SUBJECTS = ["a red dot", "a green dot", "a blue dot", "a black box", "a white box", "an orange", "a dog"]
+VENDORS = ["Noto", "Twemoji", "OpenMoji", "Glyphs"]
 SMALL = [
     "autoencoder.steps=3",
     "autoencoder.batch_size=4",
-    "clip.steps=3",
-    "clip.batch_size=8",
-    "clip.vision_layers=[1,1,1,1]",
+    *(f"{stage}.{option}" for stage in ("text_encoder", "judge") for option in ("steps=3", "batch_size=8")),
+    *(f"{stage}.vision_layers=[1,1,1,1]" for stage in ("text_encoder", "judge")),
     "diffusion.steps=3",
     "diffusion.batch_size=4",
     "diffusion.variants=2",
@@ -33,14 +33,15 @@ SMALL = [
 
 
 def write_emoji(folder):
-    """A small data set of random pictures; gives its folder."""
+    """A small data set of random pictures, one subject and one style of it held back; gives its folder."""
     folder.mkdir(exist_ok=True)
     rng = np.random.RandomState(0)
-    subject, vendor = (a.ravel() for a in np.meshgrid(range(6), range(3), indexing="ij"))
+    subject, vendor = (a.ravel() for a in np.meshgrid(range(7), range(4), indexing="ij"))
     split = ((subject + vendor) % 6 == 5).astype(np.uint8)
+    split[subject == 6], split[vendor == 3] = 2, 3
     np.savez(
         folder / "emoji.npz",
-        images=rng.randint(0, 256, (18, 64, 64, 3), dtype=np.uint8),
+        images=rng.randint(0, 256, (28, 64, 64, 3), dtype=np.uint8),
         subject=subject,
         vendor=vendor,
         split=split,
@@ -104,18 +105,22 @@ def test_ids_of_words_that_do_not_fit_are_one_line(trained, tmp_path, ids):
         load_model(None, tmp_path / "bad.ckpt")
 
 
-def test_the_clip_builds_by_clip_load_and_its_text_tower_is_the_models_text_encoder(trained):
+def test_the_judge_builds_by_clip_load_and_has_words_for_what_the_model_never_saw(trained):
     network, _ = clip.load(str(trained / "clip.pt"), device="cpu")
-    model = load_model(None, trained / "model.ckpt")
-    prompt = "a red dot, in the style of Noto"
-    hidden = model.get_learned_conditioning([prompt])[0]
-    tokens = clip.tokenize(prompt)
-    end = int(tokens.argmax())
-    with torch.no_grad():
-        torch.testing.assert_close(
-            hidden[end] @ network.float().text_projection, network.encode_text(tokens)[0], rtol=2e-3, atol=2e-3
-        )
-    assert network.encode_image(torch.zeros(1, 3, 64, 64)).shape == (1, 128)
+    assert network.visual.input_resolution == 128
+    assert network.encode_image(torch.zeros(1, 3, 128, 128)).shape == (1, 128)
+    ids = torch.load(trained / "model.ckpt")["state_dict"]["known_words"]
+    dog, dot, zebra = clip.tokenize(["dog", "dot", "zebra"])[:, 1]
+    assert dot in ids and dog not in ids and zebra not in ids
+    rows = network.token_embedding.weight
+    assert not torch.equal(rows[dog], rows[zebra])  # a word that nobody saw has the mean of all
+
+
+def test_the_models_text_encoder_is_the_trained_one(trained):
+    model, text = load_model(None, trained / "model.ckpt"), torch.load(trained / "text.pt")
+    state = model.cond_stage_model.state_dict()
+    for name in text["text"].keys() - {p3_train.TABLE.removeprefix("cond_stage_model.")}:
+        torch.testing.assert_close(state[name].float(), text["text"][name].float(), rtol=1e-3, atol=1e-4)
 
 
 def test_latents_have_unit_variance(trained, data):
@@ -196,6 +201,7 @@ def test_a_caption_that_says_only_the_subject_is_right_for_every_style():
 
     class Fixed(torch.nn.Module):
         logit_scale = torch.nn.Parameter(torch.zeros(()))
+        visual = types.SimpleNamespace(input_resolution=64)
 
         def forward(self, images, tokens):
             return (self.logits,)
