@@ -263,6 +263,12 @@ def data(tmp_path_factory):
 
 
 STEPS = ["--epoch-steps", 2, "--warmup", 1, "--precision", "fp32"]
+TWO_STEPS = [  # of each stage of p3_train.py, with a small CLIP
+    "--set",
+    *(f"{s}.{x}" for s in ("autoencoder", "text_encoder", "judge", "diffusion") for x in ("steps=2", "batch_size=4")),
+    *(f"{s}.vision_layers=[1,1,1,1]" for s in ("text_encoder", "judge")),
+    "diffusion.variants=1",
+]
 SMALL = [*STEPS, "--steps", 2, "--batch-size", 4, "--ema", 0.5]
 TRAININGS = {
     "p1_train.py": (["--channels", 16, "--deep", 64], "digits"),
@@ -306,19 +312,17 @@ def test_the_small_stable_diffusion_learns_the_same_on_the_device_and_waits_in_n
     data, tmp_path, waits, monkeypatch
 ):
     monkeypatch.setattr("p3_clip.save_clip", torch.save)  # its tracing, on the CPU, does not work under a Pretend
-    stages = [f"{stage}.{key}" for stage in ("autoencoder", "clip", "diffusion") for key in ("steps=2", "batch_size=4")]
     config = read_config(CONFIGS["tiny"])
     config.model.params.unet_config.params.update(model_channels=32, channel_mult=[1, 1], attention_resolutions=[2])
     config.model.params.cond_stage_config.params.config.update(num_hidden_layers=2)
     OmegaConf.save(config, tmp_path / "small.yaml")
-    small = ["--config", tmp_path / "small.yaml"]
-    small += ["--set", *stages, "clip.vision_layers=[1,1,1,1]", "diffusion.variants=1"]
+    small = ["--config", tmp_path / "small.yaml", *TWO_STEPS]
     generate = p3_model.generate
     monkeypatch.setattr("p3_model.generate", lambda *args, steps, **how: generate(*args, steps=3, **how))
     for device in ("cpu", PRETEND):
         run("p3_train.py", device, "--data", data / "emoji", "--out", tmp_path / device, *STEPS, *small)
-    masks = 2  # one a layer: the clip package puts them on the device in the first step, and keeps them there
-    assert waits == [0, 0, masks, 0, 0, 0]
+    masks = 2  # one a layer: the clip package puts them on the device in its first step, and keeps them there
+    assert waits == [0, 0, masks, 0, masks, 0, 0, 0]
     for name in ("autoencoder.pt", "text.pt", "model.ckpt"):
         a, b = tmp_path / "cpu" / name, tmp_path / PRETEND / name
         if name == "text.pt":
