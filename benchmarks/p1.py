@@ -38,10 +38,10 @@ FULL = (0, 1000)
 # sampler, steps, guidance, interval: what the shipped setting, the first one, was chosen from
 GRID = [
     ("dpm++", 16, 5.0, (200, 750)),
+    ("dpm++", 16, 4.0, (200, 750)),
+    ("dpm++", 16, 3.0, (200, 750)),
     ("dpm++", 14, 3.5, (300, 1000)),
-    ("dpm++", 12, 2.5, FULL),
     ("dpm++", 12, 3.0, FULL),
-    ("dpm++", 12, 4.0, FULL),
     ("dpm++", 12, 2.0, FULL),
     ("dpm++", 12, 1.0, FULL),
     ("dpm++", 8, 3.0, FULL),
