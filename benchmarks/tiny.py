@@ -14,7 +14,7 @@ scores, for each prompt of the JSON, the best plain words in the token's place (
 source pictures, or of the seen styles) as the grader does, in the mean of --draws, which is what the JSON's baselines
 are, and beside it the learned token of the JSON's embeddings/. A row of the picture is a prompt: four of the sources,
 four pictures by the best words, four by the learned token. --readable DIR lists instead the subjects that prompts of
-the held-back --style can be graded by, DIR being the folder of its source pictures.
+the style of <new2> can be graded by, DIR being the folder of its source pictures.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ from p3_clip import best_fifth, image_scores, load_clip, text_scores
 from p3_concepts import image_files, read_concepts
 from p3_invert import kind_of
 from p3_pictures import Pictures
-from utils import Parser, cli, real, whole
+from utils import Parser, UserError, cli, real, whole
 
 CHECKPOINTS = ROOT / "checkpoints"
+NEW2 = "Fluent glyphs"  # the style that <new2> is learned from
 
 
 def drawn(model, prompts, scale, steps, batch=50):
@@ -97,22 +98,24 @@ def graded(clip, seen, told, sources):
     return image_scores(clip, seen, sources), text_scores(clip, seen, told)
 
 
-def readable(pictures, clip, sources, style):
-    """Lines on the seen subjects whose real picture in the held-back style beats, by both scores, the real one of the
+def readable(pictures, clip, sources):
+    """Lines on the seen subjects whose real picture in the style of <new2> beats, by both scores, the real one of the
     seen style that has the best: only of these can a prompt tell the style from plain words. The text is the picture's
     caption. Sorted by text score."""
-    rows_of, found = {}, []
-    for r in torch.cat([pictures.rows(split) for split in ("train", "val", "style")]).tolist():
-        held_back = pictures.split[r] == pictures.splits.index("style")
-        if not held_back or pictures.vendors[pictures.vendor[r]] == style:
-            rows_of.setdefault(pictures.subject[r].item(), {}).setdefault(bool(held_back), []).append(r)
-    both = {pictures.subjects[s]: rows for s, rows in rows_of.items() if len(rows) == 2}
-    for name, rows in tqdm(both.items(), "read", leave=False):
-        told = pictures.caption(rows[True][0])
-        image, text = graded(clip, clip.images(pil(pictures.images[rows[False] + rows[True]])), told, sources)
+    if NEW2 not in pictures.vendors:
+        raise UserError(f"--readable: the pictures of --data have no style {NEW2}; make them anew")
+    style, seen, found = pictures.vendors.index(NEW2), {}, []
+    for r in torch.cat([pictures.rows("train"), pictures.rows("val")]).tolist():
+        seen.setdefault(pictures.subject[r].item(), []).append(r)
+    held_back = {pictures.subject[r].item(): r for r in pictures.rows("style").tolist() if pictures.vendor[r] == style}
+    both = held_back.keys() & seen.keys()
+    for s in tqdm(sorted(both), "read", leave=False):
+        shown = clip.images(pil(pictures.images[[*seen[s], held_back[s]]]))
+        image, text = graded(clip, shown, pictures.caption(held_back[s]), sources)
         best = (image + 2.5 * text)[:-1].argmax()
         if image[-1] >= image[best] and text[-1] >= text[best]:
-            found.append([name, *(round(float(x), 2) for x in (image[best], text[best], image[-1], text[-1]))])
+            scores = (round(float(x), 2) for x in (image[best], text[best], image[-1], text[-1]))
+            found.append([pictures.subjects[s], *scores])
     found.sort(key=lambda row: -row[-1])
     head = ["| subject | best seen style: image | text | held back: image | text |", "|---|---|---|---|---|"]
     return [f"{len(found)} of {len(both)} subjects", "", *head, *(f"| {' | '.join(map(str, row))} |" for row in found)]
@@ -172,7 +175,6 @@ def parse(argv):
     option("--zeroshot", metavar="DIR", help="only writes the held-back pictures for p3_clip_zeroshot.py")
     option("--inversion", metavar="JSON", help="the concepts of a JSON: plain words beside learned tokens")
     option("--readable", metavar="DIR", help="only lists the subjects that the small CLIP reads in the held-back style")
-    option("--style", default="Fluent glyphs", help="which, for --readable (default: Fluent glyphs)")
     option(
         "--draws", type=whole(), default=4, help="of 25 pictures a prompt, for --inversion; the grader sees the first"
     )
@@ -190,8 +192,7 @@ def main(argv=None):
     real, captions = pictures.images[rows], [pictures.caption(r) for r in rows]
     clip = load_clip(args.clip, device)
     if args.readable:
-        sources = clip.images(image_files(pathlib.Path(args.readable)))
-        return print("\n".join(readable(pictures, clip, sources, args.style)))
+        return print("\n".join(readable(pictures, clip, clip.images(image_files(pathlib.Path(args.readable))))))
     model = p3_model.load_stable_diffusion(args.ckpt, device, utils.pick_precision(args.precision, device))
     if args.inversion:
         lines = inversion(model, clip, pictures, args)
