@@ -240,7 +240,7 @@ def main(argv=None):
         lines.append(
             "| real, half against half | | | | | | | " + " | ".join(f"{v:.1f}" for v in fid.of_real()) + " | | |"
         )
-    jobs = [student(args, path) for path in args.students] + [(args, s[0], ours, s) for s in args.grid]
+    jobs = [(args, s[0], ours, s) for s in args.grid] + [student(args, path) for path in args.students]
     if not args.no_peers:
         jobs.append((args, "ancestral 400", ancestral_peer, ("", 400, 3.0, FULL)))
         jobs.append((args, "diffusers", diffusers_peer, args.grid[0]))

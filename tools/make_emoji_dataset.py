@@ -64,8 +64,9 @@ GLYPHS = ["EmojiOne glyphs", "Fluent glyphs"]
 DOGS = ["1f436", "1f415", "1f429", "1f9ae", "1f415-200d-1f9ba"]  # face, whole, poodle, guide dog, service dog
 HELD_BACK = [*DOGS, "1f427", "1f419", "1f353", "1f3b8"]  # penguin, octopus, strawberry, guitar
 SPLITS = ["train", "val", "subject", "style"]
-NEW1 = [("1f436", v) for v in SETS if v not in GLYPHS]  # pictures of <new1>: the dog's face in every coloured set
-NEW2 = [(code, GLYPHS[0]) for code in ("1f40e", "1f3e0", "1f33b", "1f354", "1f916", "1f6b2")]  # horse, house, sunflower
+# pictures of <new1>: the dog's face in six sets, so that prompts can ask for it in the others
+NEW1 = [("1f436", v) for v in ("Noto", "Noto blobs", "OpenMoji", "old EmojiOne", "Fluent", "Firefox")]
+NEW2 = [(code, GLYPHS[1]) for code in ("1f40e", "1f3e0", "1f33b", "1f354", "1f916", "1f6b2")]  # horse, house, sunflower
 ATTRIBUTION = """# Where these pictures are from
 
 Emoji drawn at 64x64 on white by `tools/make_emoji_dataset.py`, otherwise unchanged. Each stands under the licence of
