@@ -11,6 +11,7 @@ what p1_train.py does, and trajectories_*.pt, 9 GB for 200,000, from which anoth
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 import sys
@@ -78,6 +79,14 @@ class Distillation(Training):
             self.log(f"val_loss_{decay}", self.loss(average, *batch[:3])[0], sync_dist=True)
 
 
+class SaveLast(SaveBest):
+    """best.pt holds the last weights: beside a critic, those that imitate best are those that it has changed least."""
+
+    def on_validation_epoch_end(self, trainer, module):
+        self.best = math.inf
+        super().on_validation_epoch_end(trainer, module)
+
+
 def trajectories(args, teacher, config, folder):
     """float16 [count, args.times and the data, 3, 28, 28], read or sampled; i is of the digit and domain i % 20."""
     key, parts = zlib.crc32(pathlib.Path(args.teacher).read_bytes()), []
@@ -132,7 +141,8 @@ def main(argv=None):
     held_back = min(1000, args.count // 10)
     train = Batches(args.count, lambda rows: batch(torch.randint(held_back, args.count, rows.shape)))
     module = Distillation(student, {**of_student, "steps": args.times}, args, judges[1])
-    trainer = lightning_trainer(args, [SaveBest(out, judged_samples, judges)])
+    save = SaveLast if args.adversarial else SaveBest
+    trainer = lightning_trainer(args, [save(out, judged_samples, judges)])
     fit(args, trainer, module, train, Batches(held_back, batch))
     if trainer.is_global_zero:
         print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,best.pt,samples/}}")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_digits import write_domain
 from test_p1 import CONFIG
 
 pytest.importorskip("pytorch_lightning", reason="training needs requirements-dev")
@@ -68,6 +69,17 @@ def test_a_run_from_stored_trajectories_and_resumed_ends_with_the_same_weights(d
     a, b = (load_checkpoint(folder / "last.ckpt") for folder in (out, tmp_path))
     assert a["global_step"] == b["global_step"] == 16
     assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
+
+
+def test_beside_a_critic_the_last_weights_are_kept(distilled, tmp_path):
+    out, options = distilled
+    for seed, name in enumerate(("mnistm", "svhn")):
+        write_domain(tmp_path / name, count=200, seed=seed, flat=True)
+    contest = ["--adversarial", "1", "--data", str(tmp_path), "--trajectories", str(out), "--lr", "0.1"]
+    p1_distill.main([*options, *contest, "--out", str(tmp_path / "run")])
+    first, last = losses(tmp_path / "run", "val_loss")
+    saved = load_checkpoint(tmp_path / "run/best.pt")
+    assert last > first and saved["step"] == 16
 
 
 def test_trajectories_are_what_the_teacher_draws(checkpoint, distilled):
