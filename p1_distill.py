@@ -1,6 +1,6 @@
 """Distils the guided sampler of Problem 1 into a network of one to eight steps that needs no guidance.
 
-    python3 p1_distill.py --out runs/p1_four                                    # t = 999, 749, 499, 249, data
+    python3 p1_distill.py --out runs/p1_four                                    # t = 999, 624, 374, 124, data
     python3 p1_distill.py --out runs/p1_two --times 999 499 --start runs/p1_four/best.pt --trajectories runs/p1_four
 
 After Zhou et al. 2024, Simple and Fast Distillation of Diffusion Models: trajectories of the teacher are sampled once,
@@ -11,7 +11,6 @@ what p1_train.py does, and trajectories_*.pt, 9 GB for 200,000, from which anoth
 
 from __future__ import annotations
 
-import math
 import os
 import pathlib
 import sys
@@ -27,11 +26,12 @@ from classifiers import feature_distance, load_classifier
 from diffusion import alpha_sigma, q_sample, schedule, timesteps
 from digits import DOMAINS, BalancedDigits
 from p1_model import Critic, judged_samples, load_digit_unet, stages
-from train_common import Batches, SaveBest, Training, add_training_options, fit, lightning_trainer
+from train_common import Batches, SaveBest, SaveLast, Training, add_training_options, fit, lightning_trainer
 from utils import Parser, UserError, cli, load_checkpoint, output_folder, pick_precision, real, save_checkpoint, whole
 
 CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
 KEPT = timesteps(1000, 8)  # 999, 874, 749 ... 124, -1: every second time of the teacher, of which states are kept
+TIMES = [999, 624, 374, 124]  # the last step short: it is the one that blurs
 CHUNK, SEEDS = 500, 10**6  # trajectories a file; their seeds, above those of hw2_1.sh
 
 
@@ -79,14 +79,6 @@ class Distillation(Training):
             self.log(f"val_loss_{decay}", self.loss(average, *batch[:3])[0], sync_dist=True)
 
 
-class SaveLast(SaveBest):
-    """best.pt holds the last weights: beside a critic, those that imitate best are those that it has changed least."""
-
-    def on_validation_epoch_end(self, trainer, module):
-        self.best = math.inf
-        super().on_validation_epoch_end(trainer, module)
-
-
 def trajectories(args, teacher, config, folder):
     """float16 [count, args.times and the data, 3, 28, 28], read or sampled; i is of the digit and domain i % 20."""
     key, parts = zlib.crc32(pathlib.Path(args.teacher).read_bytes()), []
@@ -107,7 +99,7 @@ def parse(argv):
     option = parser.add_argument
     option("--teacher", default=str(CHECKPOINTS / "p1_unet.pt"))
     option("--start", metavar="CHECKPOINT", help="the student before it learns (default: the teacher)")
-    option("--times", type=int, nargs="+", choices=KEPT[:-1], default=KEPT[:-1:2], help="(default: 999 749 499 249)")
+    option("--times", type=int, nargs="+", choices=KEPT[:-1], default=TIMES, help="(default: 999 624 374 124)")
     option("--count", type=whole(CHUNK, SEEDS, CHUNK), default=40_000, help="trajectories (default: 40000)")
     option("--trajectories", metavar="FOLDER", help="where they are or shall be (default: --out)")
     option("--features", type=real(0), default=0.1, help="weight of a loss in the SVHN judge's features (default: 0.1)")
@@ -141,7 +133,7 @@ def main(argv=None):
     held_back = min(1000, args.count // 10)
     train = Batches(args.count, lambda rows: batch(torch.randint(held_back, args.count, rows.shape)))
     module = Distillation(student, {**of_student, "steps": args.times}, args, judges[1])
-    save = SaveLast if args.adversarial else SaveBest
+    save = SaveLast if args.adversarial else SaveBest  # what imitates best is what a critic has changed least
     trainer = lightning_trainer(args, [save(out, judged_samples, judges)])
     fit(args, trainer, module, train, Batches(held_back, batch))
     if trainer.is_global_zero:

@@ -2,6 +2,7 @@
 
 python3 p1_infer.py output                      # output/{mnistm,svhn}/{digit}_{001..050}.png, 1,000 pictures
 python3 p1_infer.py --grid grid.png             # grid_mnistm.png, grid_svhn.png: rows digits, columns noises
+python3 p1_infer.py output --fast               # by the network of four steps, without guidance
 python3 p1_infer.py OUT --checkpoint FILE       # by another network: of p1_train.py, or few steps by p1_distill.py
 python3 p1_infer.py --trajectory reverse.png    # six stages of the reverse process, first 0 of each domain
 """
@@ -25,7 +26,8 @@ from digits import DOMAINS
 from p1_model import load_digit_unet, stages
 from utils import Parser, cli, real, whole
 
-CHECKPOINT = pathlib.Path(__file__).resolve().parent / "checkpoints" / "p1_unet.pt"
+CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
+CHECKPOINT, STUDENT = str(CHECKPOINTS / "p1_unet.pt"), str(CHECKPOINTS / "p1_student.pt")
 PER_PAIR = 10_000  # seeds set aside for a (domain, digit) pair
 
 
@@ -88,7 +90,9 @@ def parse(argv):
     parser = Parser(__doc__)
     option = parser.add_argument
     option("out", nargs="?", help="output folder of the 1,000 images")
-    option("--checkpoint", default=str(CHECKPOINT))
+    option("--checkpoint", default=CHECKPOINT)
+    few = "checkpoints/p1_student.pt: 4 network evaluations a picture, not 25"
+    option("--fast", dest="checkpoint", action="store_const", const=STUDENT, help=few)
     option("--sampler", choices=["dpm++", "ddim", "ddpm"], default="dpm++")
     option(
         "--steps", type=whole(1, 1000), default=16, help="of the sampler; a few-step network has its own (default: 16)"

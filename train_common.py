@@ -134,6 +134,14 @@ class SaveBest(pl.Callback):
         self.best = state["best"]
 
 
+class SaveLast(SaveBest):
+    """The same of the last epoch, whatever its loss."""
+
+    def on_validation_epoch_end(self, trainer, module):
+        self.best = math.inf
+        super().on_validation_epoch_end(trainer, module)
+
+
 def warmup_cosine(optimizer, total_steps, warmup):
     """Lightning's dictionary of an optimizer whose learning rate rises linearly for `warmup` steps, then falls to 0
     on a cosine."""

@@ -34,7 +34,9 @@ def digits(args):
     """Problem 1: grids and reverse processes; the table of samplers, steps and guidance scales."""
     yield "p1_infer.py", "--grid", FIGURES / "p1_grid.png", "--trajectory", FIGURES / "p1_reverse.png"
     judge = ["--classifier", args.classifier] if args.classifier else []
-    yield "benchmarks/p1.py", "--data", args.data / "digits", *judge, "--fid-images", 500, "--out", NUMBERS / "p1.json"
+    student = "--students", ROOT / "checkpoints/p1_student.pt"
+    fid = "--fid-images", 500, "--out", NUMBERS / "p1.json"
+    yield "benchmarks/p1.py", "--data", args.data / "digits", *judge, *student, *fid
 
 
 def faces(args):

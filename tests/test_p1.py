@@ -86,12 +86,13 @@ def test_batch_size_and_count_do_not_change_a_picture(checkpoint, tmp_path, samp
     assert max(abs(a[k] - b[k]).max() for k in a) <= 1 and max(abs(a[k] - c[k]).max() for k in c) <= 1
 
 
-def test_hw2_1_gives_the_same_bytes_every_time(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--fast"]])
+def test_hw2_1_gives_the_same_bytes_every_time(tmp_path, options):
     if not (ROOT / "checkpoints/p1_unet.pt").is_file():
         pytest.skip("checkpoints/p1_unet.pt is not there; bash hw2_download_ckpt.sh")
     outputs = []
     for name in "ab":
-        script("hw2_1.sh", tmp_path / name, "--num-per-digit", 5)
+        script("hw2_1.sh", tmp_path / name, "--num-per-digit", 5, *options)
         outputs.append({p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.png")})
     assert outputs[0] == outputs[1] and len(outputs[0]) == 100
     judges = {d: load_classifier(ROOT / f"checkpoints/{d}_classifier.pth") for d in ("mnistm", "svhn")}
