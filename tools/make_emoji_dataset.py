@@ -66,7 +66,8 @@ HELD_BACK = [*DOGS, "1f427", "1f419", "1f353", "1f3b8"]  # penguin, octopus, str
 SPLITS = ["train", "val", "subject", "style"]
 # pictures of <new1>: the dog's face in six sets, so that prompts can ask for it in the others
 NEW1 = [("1f436", v) for v in ("Noto", "Noto blobs", "OpenMoji", "old EmojiOne", "Fluent", "Firefox")]
-NEW2 = [(code, GLYPHS[1]) for code in ("1f40e", "1f3e0", "1f33b", "1f354", "1f916", "1f6b2")]  # horse, house, sunflower
+# of <new2>: horse, house, sunflower, hamburger, robot, bicycle in the set that the judge reads (tiny.py, NEW2)
+NEW2 = [(code, "Fluent glyphs") for code in ("1f40e", "1f3e0", "1f33b", "1f354", "1f916", "1f6b2")]
 ATTRIBUTION = """# Where these pictures are from
 
 Emoji drawn at 64x64 on white by `tools/make_emoji_dataset.py`, otherwise unchanged. Each stands under the licence of
