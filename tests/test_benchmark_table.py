@@ -9,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import table  # noqa: E402
 from table import describe_machine, save_table  # noqa: E402
 
 LINES = ["today, a CPU", "", "| | steps | FID |", "|---|---|---|", "| real | | 63.3 |", "| **ours** | 16 | 75.9 [76] |"]
@@ -31,3 +32,16 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
     with pytest.raises(ValueError, match="one name"):
         save_table([*LINES[:2], "| | steps | steps |", "|---|---|---|"], [tmp_path / "t.json"])
     assert not (tmp_path / "t.json").exists()
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
+def test_a_process_of_its_own_does_not_count_what_its_parent_holds(tmp_path):
+    script = tmp_path / "peak.py"
+    script.write_text(
+        "import json, sys\n"
+        f"sys.path.insert(0, {str(pathlib.Path(table.__file__).parent)!r})\n"
+        "import table, torch\n"
+        "print(json.dumps(table.peak_memory(torch.device('cpu'))))\n"
+    )
+    ballast = b"\1" * 2_000_000_000  # every page of it is resident
+    assert table.in_own_process(script) < len(ballast) * 0.75
