@@ -4,9 +4,8 @@
     python3 p3_custom_diffusion.py --merge new1.safetensors new2.safetensors --out both.safetensors --ckpt model.ckpt
     python3 p3_infer.py JSON OUT model.ckpt --delta both.safetensors --prompt "a <new1> next to a <new2>"
 
-Trained are the token's vector and the matrices to_k and to_v of the cross-attention. Half of each batch are pictures
-that the model itself drew of plain words in the token's place, which it shall keep (the paper's prior preservation
-with generated pictures: no other data set is needed). A training saves at its end, after minutes, and is not resumed.
+Trained are the token's vectors and the matrices to_k and to_v of the cross-attention. Half of each batch are pictures
+that the model itself drew of plain words (the paper's prior preservation). Saved at the end; not resumed.
 """
 
 from __future__ import annotations
@@ -78,17 +77,17 @@ def train(model, vectors, concepts, priors, recipe):
         bar.set_postfix(loss=f"{float(loss.detach()):.4f}")
     saved = {name: d.detach().half().cpu() for name, d in learned.items()}
     place(saved)  # what the file says, to the bit
-    for p in matrices.values():
-        p.requires_grad_(False)
+    model.requires_grad_(False)
     return saved
 
 
-def learn(model, jobs, recipe, count, out):
-    """Trains the concepts of `jobs`, [(concept, its pictures)], jointly and writes their delta; returns a line."""
+def learn(model, jobs, recipe, count, out, embeddings=None):
+    """Trains `jobs`, [(concept, its pictures)], jointly, from a folder of `embeddings` or words; returns a line."""
     tokens, pools, held, priors, captions = p3_model.learned_tokens(model), [], {}, [], {}
     for concept, files in jobs:
         word, token = concept.init_word or concept.word, concept.token
-        tokens.add(token, initial(tokens, word))
+        if not embeddings or p3_model.load_embeddings(tokens, embeddings, [token]):
+            tokens.add(token, initial(tokens, word))
         told = captions_of(concept, kind_of(concept), files)
         captions[token] = sorted({text for texts in told for text in texts})
         told = [[text.replace("{}", token) for text in texts] for texts in told]
@@ -125,8 +124,7 @@ def closed_form(C, A, ridge=1e-6):
 
 
 def words_of(model, token, captions):
-    """Features [rows, d] of a token in its captions and of what follows it, up to the end mark: a causal text encoder
-    tells these of it too. With the token's own rows alone a merge lost most of what was learned (notes/p3.md)."""
+    """Features [rows, d] of a token in its captions and of what follows it there, since that tells of it too."""
     embedder, said = model.cond_stage_model, [text.replace("{}", token) for text in captions]
     first, end, rows = embedder.tokenizer.convert_tokens_to_ids(token), embedder.tokenizer.eos_token_id, []
     for ids, features in zip(embedder.tokenize(said).tolist(), model.get_learned_conditioning(said).cpu()):
@@ -172,6 +170,7 @@ def arguments(argv):
     option("--ckpt", default="stable-diffusion/ldm/models/stable-diffusion-v1/model.ckpt")
     option("--out", required=True, help="the delta to write, a .safetensors")
     option("--only", nargs="+", metavar="SOURCE", help="only these entries of the JSON (default: all, jointly)")
+    option("--embeddings", help="start from the vectors in this folder, not from words")
     option("--merge", nargs="+", metavar="DELTA", help="merge these, train nothing")
     option("--steps", type=whole(), default=250)
     option("--batch-size", type=whole(), default=4, dest="batch", help="pictures of the concepts; and of the prior")
@@ -192,7 +191,8 @@ def main(argv=None):
     model = p3_model.load_stable_diffusion(args.ckpt, args.device, dtype, args.config)
     args.size = args.size or p3_model.own_size(model)
     recipe = Recipe(**{k: v for k, v in vars(args).items() if k in Recipe._fields})
-    print(merge(model, args.merge, out, args.seed) if args.merge else learn(model, jobs, recipe, args.count, out))
+    done = merge(model, args.merge, out, args.seed) if args.merge else None
+    print(done or learn(model, jobs, recipe, args.count, out, args.embeddings))
 
 
 if __name__ == "__main__":

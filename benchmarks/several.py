@@ -2,10 +2,10 @@
 
     python3 benchmarks/several.py --out table.md --picture several.png
 
-Trains the deltas of p3_custom_diffusion.py on the concepts of the JSON, <new1> a thing and <new2> a style, and draws
-ten prompts that name both. A row is a way: image score to the sources of each concept and text score, by the grader's
-measures but of all --count pictures a prompt. Where a delta lacks a token, the embedding beside the JSON is its word.
-The picture has the rows of the table, a column for each prompt, the first picture of each.
+Trains the deltas of p3_custom_diffusion.py on the concepts of the JSON, <new1> a thing and <new2> a style, starting
+from their embeddings, and draws ten prompts that name both. A row is a way: image score to the sources of each
+concept and text score, by the grader's measures but of all --count pictures a prompt. Where a delta lacks a token, the
+embedding is its word. The picture has the rows of the table, a column for each prompt, the first picture of each.
 """
 
 from __future__ import annotations
@@ -57,8 +57,11 @@ def deltas(args, jobs, folder):
     recipe = Recipe(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
     for way, some in trained.items():
         model = fresh(args)
-        own = recipe._replace(size=p3_model.own_size(model))
-        print(f"{way}: {custom.learn(model, some, own, args.prior, ways[way])}", file=sys.stderr)
+        own, start = (
+            recipe._replace(size=p3_model.own_size(model)),
+            None if args.words else args.json.parent / "embeddings",
+        )
+        print(f"{way}: {custom.learn(model, some, own, args.prior, ways[way], start)}", file=sys.stderr)
     custom.merge(fresh(args), [ways[way] for way in list(trained)[:2]], ways["merged"], args.seed)
     return ways
 
@@ -69,12 +72,13 @@ def parse(argv):
     option("--json", type=pathlib.Path, default=ROOT / "tiny/textual_inversion/input.json", help="pictures beside it")
     option("--ckpt", default=str(CHECKPOINTS / "tiny.ckpt"))
     option("--clip", default=str(CHECKPOINTS / "tiny_clip.pt"))
-    option("--words", default=f"dog face,{NEW2}", help="what the judge calls <new1> and <new2>, with a comma between")
+    option("--called", default=f"dog face,{NEW2}", help="what the judge calls <new1> and <new2>, with a comma between")
     option("--count", type=whole(), default=10, help="pictures a prompt")
     option("--steps", type=whole(), default=100)
     option("--batch-size", type=whole(), default=4, dest="batch")
     option("--lr", type=real(positive=True), default=1e-4, help="of one picture")
     option("--prior", type=whole(), default=30, help="pictures of the prior, for each concept")
+    option("--words", action="store_true", help="deltas start from words, not from the embeddings beside the JSON")
     option("--picture", metavar="FILE")
     add_out_option(parser)
     utils.add_device_options(parser)
@@ -86,7 +90,7 @@ def main(argv=None):
     args = parse(argv)
     clip = load_clip(args.clip, args.device)
     jobs = [(c, image_files(args.json.parent / c.key)) for c in read_concepts(args.json)]
-    sources, told = [clip.images(files) for _, files in jobs], [p.format(*args.words.split(",")) for p in PROMPTS]
+    sources, told = [clip.images(files) for _, files in jobs], [p.format(*args.called.split(",")) for p in PROMPTS]
     lines = [
         f"{describe_machine(args.device)}; ten prompts, mean of {args.count} pictures each; {args.steps} steps",
         "",

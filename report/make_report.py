@@ -73,6 +73,7 @@ def text_to_image(args):
     yield ("p3_infer.py", source[0], WORK / "multi", source[1], "--prompt", MULTI[bool(args.ckpt)])
     shutil.copy(WORK / "multi/prompt.png", FIGURES / "p3_multi.png")
     save_json({"course": bool(args.ckpt), "prompt": MULTI[bool(args.ckpt)]}, NUMBERS / "p3_multi.json")
+    yield "benchmarks/several.py", "--picture", FIGURES / "several.png", "--out", NUMBERS / "several.json"
 
 
 def adaptation(args):
@@ -87,8 +88,8 @@ PARTS = {  # what makes a part of the report, and the figures and the numbers th
     "p2": (faces, "p2_eta.png p2_slerp.png p2_slerp.json p2_linear.png p2_linear.json", "p2_network.json"),
     "p3": (
         text_to_image,
-        "p3_zeroshot.png tiny.png tiny_inversion.png p3_multi.png",
-        "p3_zeroshot.json tiny.json tiny_inversion.json p3_multi.json",
+        "p3_zeroshot.png tiny.png tiny_inversion.png p3_multi.png several.png",
+        "p3_zeroshot.json tiny.json tiny_inversion.json p3_multi.json several.json",
     ),
     "p4": (adaptation, "p4_tsne.png", "p4.json"),
 }

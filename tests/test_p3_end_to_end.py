@@ -20,7 +20,7 @@ from p3_model import generate, learned_tokens, load_embeddings, load_stable_diff
 
 CKPT, CLIP = ROOT / "checkpoints/tiny.ckpt", ROOT / "checkpoints/tiny_clip.pt"
 TASK = ROOT / "tiny/textual_inversion"
-SEEN = ["a red heart", "a rocket", "a slice of pizza", "a pumpkin", "a snowman", "a frog", "a banana", "an umbrella"]
+SEEN = ["a red heart", "a rocket", "a pizza", "a jack-o-lantern", "a snowman", "a frog", "a banana", "an umbrella"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_a_prompt_draws_its_own_subject(model, clip):
 
 
 def test_a_prompt_draws_its_own_style(model, clip):
-    styles, right = ["Noto", "Twemoji", "OpenMoji", "Fluent 3D", "Fluent flat"], 0
+    styles, right = ["Noto", "Twemoji", "OpenMoji", "Fluent", "Fluent flat"], 0
     for subject in ("a rocket", "a red heart", "a frog"):
         captions = [f"{subject}, in the style of {s}" for s in styles]
         nearest = (clip.images([draw(model, c, 1)[0] for c in captions]) @ clip.texts(captions).T).argmax(1)
@@ -92,4 +92,4 @@ def test_zero_shot_classification_is_far_above_chance(tmp_path):
     done = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "zeroshot.json").read_text())
-    assert result["images"] == len(result["per_class"]) == 52 and result["accuracy"] > 0.5
+    assert result["images"] == len(result["per_class"]) == 66 and result["accuracy"] > 0.5
