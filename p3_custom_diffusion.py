@@ -21,7 +21,6 @@ from p3_concepts import image_files, only, read_concepts
 from p3_invert import Recipe, captions_of, encode, eps_loss, held_back_loss, initial, kind_of, may_flip
 from utils import Parser, add_device_options, cli, grad_scaler, output_file, pick_precision, real, whole
 
-# -------------------------------------------------------------------------------- training
 # Pictures to draw from are pairs: moments [N, 2, 4, h, w] as p3_invert.encode makes them, and N lists of texts to say.
 
 
@@ -86,7 +85,9 @@ def learn(model, jobs, recipe, count, out, embeddings=None):
     tokens, pools, held, priors, captions = p3_model.learned_tokens(model), [], {}, [], {}
     for concept, files in jobs:
         word, token = concept.init_word or concept.word, concept.token
-        if not embeddings or p3_model.load_embeddings(tokens, embeddings, [token]):
+        if embeddings:
+            p3_model.need_embeddings(tokens, embeddings, [token])
+        else:
             tokens.add(token, initial(tokens, word))
         told = captions_of(concept, kind_of(concept), files)
         captions[token] = sorted({text for texts in told for text in texts})
@@ -101,9 +102,6 @@ def learn(model, jobs, recipe, count, out, embeddings=None):
     p3_model.save_delta(out, model, {token: tokens[token] for token in held}, captions, differences)
     told = ", ".join(f"{token} {a:.4f} -> {b:.4f}" for token, a, b in zip(held, first, last))
     return f"eps loss on held-back crops: {told}; wrote {out}"
-
-
-# -------------------------------------------------------------------------------- merging
 
 
 def closed_form(C, A, ridge=1e-6):

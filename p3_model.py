@@ -130,6 +130,15 @@ def load_embeddings(tokens, folder, wanted):
     return [t for t in wanted if t not in tokens]
 
 
+def need_embeddings(tokens, folder, wanted):
+    """load_embeddings of those of `wanted` that are not there yet; UserError where one has none."""
+    missing = load_embeddings(tokens, folder, [t for t in wanted if t not in tokens])
+    if missing:
+        raise UserError(
+            f"{folder}: {missing[0]} has no embedding for this model; train it with p3_textual_inversion.py"
+        )
+
+
 def add_tokens(tokens, vectors, path, **metadata):
     """Adds the tokens of a file to those of a model; UserError, naming the file, where they do not fit."""
     for token, v in vectors.items():

@@ -15,14 +15,14 @@ import sys
 import tempfile
 
 import torch
-from table import ROOT, add_out_option, describe_machine, save_table
+from table import ROOT, describe_machine, save_table
 
 import p3_model
 import utils
 from p3_clip import load_clip
 from p3_concepts import image_files, only, read_concepts
 from p3_invert import Inversion, Recipe
-from tiny import CHECKPOINTS, scored
+from tiny import add_small_options, scored
 from utils import Parser, cli, real, whole
 
 WAYS = {  # the settings of Recipe in which they differ; a vector of an encoder's output is 25 times as long as a word's
@@ -56,20 +56,17 @@ def parse(argv):
     parser, default = Parser(__doc__), ROOT / "tiny/textual_inversion/input.json"
     option = parser.add_argument
     option("--json", default=str(default), help="concepts, their pictures beside it")
-    option("--ckpt", default=str(CHECKPOINTS / "tiny.ckpt"))
-    option("--clip", default=str(CHECKPOINTS / "tiny_clip.pt"))
     option("--way", nargs="+", choices=WAYS, default=list(WAYS))
     option("--only", nargs="+", metavar="SOURCE", help="only these entries of the JSON")
     option("--seeds", type=whole(), default=3)
     option("--draws", type=whole(), default=2, help="of 25 pictures a prompt")
-    option("--steps", type=whole(), default=200)
+    option("--steps", type=whole(), default=300)
     option("--save-every", type=whole(), default=50)
     option("--batch-size", type=whole(), default=16, dest="batch")
-    option("--vectors", type=whole(), default=1)
-    option("--lr", type=real(positive=True), default=3e-5, help="of one picture, for AdamW")
+    option("--vectors", type=whole(), default=6)
+    option("--lr", type=real(positive=True), default=1e-3, help="of one picture, for AdamW")
     option("--validation-pictures", type=whole(), default=25)
-    add_out_option(parser)
-    utils.add_device_options(parser)
+    add_small_options(parser)
     return parser.parse_args(argv)
 
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 
 import torch
-from table import ROOT, add_out_option, describe_machine, save_table
+from table import ROOT, describe_machine, save_table
 from tqdm import tqdm
 
 import p3_custom_diffusion as custom
@@ -24,11 +24,13 @@ import utils
 from p3_clip import image_scores, load_clip, text_scores
 from p3_concepts import image_files, read_concepts
 from p3_invert import Recipe
-from tiny import CHECKPOINTS, NEW2, pil
-from utils import Parser, UserError, cli, real, whole
+from tiny import NEW2, add_small_options, pil
+from utils import Parser, cli, real, whole
 
 FORMS = ["a {}, in the style of {}", "a {} in the style of {}", "a picture of a {} in the style of {}"]
 LOOKS = "grinning {}, crying {}, weary {}, pouting {}, kissing {}, {} with heart eyes, {} with tears of joy".split(", ")
+CALLED = "dog face", NEW2  # what the judge calls the two concepts
+PRIOR = 30  # pictures of the prior, for each concept
 PROMPTS = [*FORMS, *(FORMS[0].replace("{}", look, 1) for look in LOOKS)]
 
 
@@ -39,13 +41,11 @@ def fresh(args):
 
 def drawn(args, delta):
     """Pictures uint8 [10, --count, 3, 64, 64] of PROMPTS, with the embeddings of the JSON and a delta (or None)."""
-    model, folder, wanted = fresh(args), args.json.parent / "embeddings", ["<new1>", "<new2>"]
+    model, wanted = fresh(args), ["<new1>", "<new2>"]
     tokens = p3_model.learned_tokens(model)
     if delta:
         p3_model.load_delta(model, tokens, delta)
-    missing = p3_model.load_embeddings(tokens, folder, [t for t in wanted if t not in tokens])
-    if missing:
-        raise UserError(f"{folder}: lacks {' and '.join(missing)}; run p3_textual_inversion.py")
+    p3_model.need_embeddings(tokens, args.json.parent / "embeddings", wanted)
     said = [prompt.format(*wanted) for prompt in PROMPTS]
     return torch.stack([p3_model.generate(model, s, range(args.count)) for s in tqdm(said, "draw", leave=False)])
 
@@ -54,14 +54,12 @@ def deltas(args, jobs, folder):
     """{way: delta file, or None}, trained and merged."""
     trained = {"delta of <new1>": jobs[:1], "delta of <new2>": jobs[1:], "trained jointly": jobs}
     ways = {"tokens alone": None, **{way: folder / f"{way}.safetensors" for way in (*trained, "merged")}}
-    recipe = Recipe(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
+    start = None if args.words else args.json.parent / "embeddings"
     for way, some in trained.items():
         model = fresh(args)
-        own, start = (
-            recipe._replace(size=p3_model.own_size(model)),
-            None if args.words else args.json.parent / "embeddings",
-        )
-        print(f"{way}: {custom.learn(model, some, own, args.prior, ways[way], start)}", file=sys.stderr)
+        size = p3_model.own_size(model)
+        recipe = Recipe(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed, size=size)
+        print(f"{way}: {custom.learn(model, some, recipe, PRIOR, ways[way], start)}", file=sys.stderr)
     custom.merge(fresh(args), [ways[way] for way in list(trained)[:2]], ways["merged"], args.seed)
     return ways
 
@@ -70,18 +68,13 @@ def parse(argv):
     parser = Parser(__doc__)
     option = parser.add_argument
     option("--json", type=pathlib.Path, default=ROOT / "tiny/textual_inversion/input.json", help="pictures beside it")
-    option("--ckpt", default=str(CHECKPOINTS / "tiny.ckpt"))
-    option("--clip", default=str(CHECKPOINTS / "tiny_clip.pt"))
-    option("--called", default=f"dog face,{NEW2}", help="what the judge calls <new1> and <new2>, with a comma between")
     option("--count", type=whole(), default=10, help="pictures a prompt")
     option("--steps", type=whole(), default=100)
     option("--batch-size", type=whole(), default=4, dest="batch")
     option("--lr", type=real(positive=True), default=1e-4, help="of one picture")
-    option("--prior", type=whole(), default=30, help="pictures of the prior, for each concept")
     option("--words", action="store_true", help="deltas start from words, not from the embeddings beside the JSON")
     option("--picture", metavar="FILE")
-    add_out_option(parser)
-    utils.add_device_options(parser)
+    add_small_options(parser)
     return parser.parse_args(argv)
 
 
@@ -90,7 +83,7 @@ def main(argv=None):
     args = parse(argv)
     clip = load_clip(args.clip, args.device)
     jobs = [(c, image_files(args.json.parent / c.key)) for c in read_concepts(args.json)]
-    sources, told = [clip.images(files) for _, files in jobs], [p.format(*args.called.split(",")) for p in PROMPTS]
+    sources, told = [clip.images(files) for _, files in jobs], [p.format(*CALLED) for p in PROMPTS]
     lines = [
         f"{describe_machine(args.device)}; ten prompts, mean of {args.count} pictures each; {args.steps} steps",
         "",

@@ -160,17 +160,22 @@ def inversion(model, clip, pictures, args):
     return lines
 
 
+def add_small_options(parser):
+    """What all benchmarks of the small Stable Diffusion ask."""
+    parser.add_argument("--ckpt", default=str(CHECKPOINTS / "tiny.ckpt"))
+    parser.add_argument("--clip", default=str(CHECKPOINTS / "tiny_clip.pt"))
+    add_out_option(parser)
+    utils.add_device_options(parser)
+
+
 def parse(argv):
     parser = Parser(__doc__)
     option = parser.add_argument
     option("--data", default="runs/emoji", help="folder of emoji.npz and emoji.json")
-    option("--ckpt", default=str(CHECKPOINTS / "tiny.ckpt"))
-    option("--clip", default=str(CHECKPOINTS / "tiny_clip.pt"))
     option("--count", type=whole(), default=200)
     option("--steps", type=whole(1, 1000), default=25)
     option("--scales", type=real(-100, 100), nargs="+", default=[1.0, 2.0, 4.0, 7.5])
     option("--no-fid", action="store_true")
-    add_out_option(parser)
     option("--picture", metavar="FILE", help="real pictures above generated ones, at the third scale or the last")
     option("--zeroshot", metavar="DIR", help="only writes the held-back pictures for p3_clip_zeroshot.py")
     option("--inversion", metavar="JSON", help="the concepts of a JSON: plain words beside learned tokens")
@@ -178,7 +183,7 @@ def parse(argv):
     option(
         "--draws", type=whole(), default=4, help="of 25 pictures a prompt, for --inversion; the grader sees the first"
     )
-    utils.add_device_options(parser)
+    add_small_options(parser)
     return parser.parse_args(argv)
 
 
