@@ -107,13 +107,14 @@ def eps_from_v(v_model, alpha_bar):
 def guided(eps_cond, eps_both, scale, interval=(0, 10**9)):
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6) as an eps_model: eps = eps_u + scale (eps_c - eps_u).
 
-    scale 1 is the conditional model, 0 the unconditional one; the paper's w is scale - 1. Guidance acts only at times
-    interval[0] <= t < interval[1] (Kynkaanniemi et al. 2024); outside, one evaluation is saved. `eps_cond(x_t, t)`
-    gives eps_c, `eps_both(x_t, t)` gives (eps_c, eps_u).
+    scale 1 is the conditional model, 0 the unconditional one; the paper's w is scale - 1. A tensor [B, 1, 1, 1] gives
+    each picture its own. Guidance acts only at times interval[0] <= t < interval[1] (Kynkaanniemi et al. 2024);
+    outside, one evaluation is saved. `eps_cond(x_t, t)` gives eps_c, `eps_both(x_t, t)` gives (eps_c, eps_u).
     """
+    none = not torch.is_tensor(scale) and scale == 1
 
     def eps_model(x_t, t):
-        if scale == 1 or not interval[0] <= t < interval[1]:
+        if none or not interval[0] <= t < interval[1]:
             return eps_cond(x_t, t)
         eps_c, eps_u = eps_both(x_t, t)
         return eps_u + scale * (eps_c - eps_u)

@@ -20,6 +20,7 @@ from digits import DOMAINS
 from utils import UserError
 
 NO_DIGIT = 10
+GUIDANCE = [7.0, 4.0]  # scales that ship, of MNIST-M and of SVHN, which loses its variety sooner
 CONFIG = {  # what a checkpoint may say
     "channels": range(16, 1025, 16),
     "deep": range(64, 1025, 64),
@@ -179,9 +180,12 @@ def eps_model_for(model, config, digit, domain, scale, interval=(0, 10**9)):
     """The guided eps_model(x_t, t) that the samplers of diffusion.py call, for a batch of digits and domains.
 
     digit, domain: int64 [B] on the model's device. config: {"objective", "schedule", "T"} as in the checkpoint.
-    scale and interval: as in diffusion.guided; a few-step network (p1_distill.py) has learned them, and takes none.
+    scale and interval: as in diffusion.guided, or a scale for each domain; a few-step network (p1_distill.py) has
+    learned them, and takes none.
     """
     scale = 1 if "steps" in config else scale
+    if isinstance(scale, (list, tuple)):
+        scale = torch.tensor(scale, device=domain.device)[domain].view(-1, 1, 1, 1)
 
     none = torch.full_like(digit, NO_DIGIT)
 
@@ -209,7 +213,7 @@ def reverse_process(eps_model, config, x_T, noise, sampler="dpm++", steps=16):
 
 
 @torch.no_grad()
-def stages(model, config, digit, domain, index, seed, dtype, guidance=5.0, interval=(200, 750), **sampler):
+def stages(model, config, digit, domain, index, seed, dtype, guidance=GUIDANCE, interval=(200, 750), **sampler):
     """x_T and then x_t after every step, each float32 [B, 3, 28, 28] on the model's device, as a generator.
 
     digit, domain, index: int64 [B]; picture i has the noise of the seed + index[i]. The defaults are what ships.

@@ -1,7 +1,7 @@
 """Problem 1 in one table: accuracy, FID, time and network evaluations of samplers, steps, guidance; and of two peers.
 
     python3 benchmarks/p1.py --data hw2_data/digits --classifier Classifier.pth --out table.md
-    python3 benchmarks/p1.py --students runs/p1_four/best.pt runs/p1_two/best.pt --only dpm++ 16 5 200-750 --no-peers
+    python3 benchmarks/p1.py --students runs/p1_four/best.pt runs/p1_two/best.pt --only dpm++ 16 7/4 200-750 --no-peers
     python3 benchmarks/p1.py --data hw2_data/digits --neighbours neighbours.png
 
 FID is of the 1,000 images of hw2_1.sh, or of fewer (--fid-images), against held-back real digits, equally many of each
@@ -31,12 +31,13 @@ import utils
 from classifiers import load_classifier, predict
 from diffusion import ddpm, run, schedule, timesteps
 from digits import DOMAINS, load_digits
-from p1_model import eps_model_for, load_digit_unet, reverse_process
+from p1_model import GUIDANCE, eps_model_for, load_digit_unet, reverse_process
 from utils import Parser, UserError, cli, real, whole
 
 FULL = (0, 1000)
-# sampler, steps, guidance, interval: what the shipped setting, the first one, was chosen from
+# sampler, steps, guidance (of both domains, or of each), interval: the shipped setting is the first one
 GRID = [
+    ("dpm++", 16, GUIDANCE, (200, 750)),
     ("dpm++", 16, 5.0, (200, 750)),
     ("dpm++", 16, 4.0, (200, 750)),
     ("dpm++", 16, 3.0, (200, 750)),
@@ -155,10 +156,14 @@ def row(args, fid, name, make, setting):
     scores = " | ".join(f"{v:.1f}" for v in fid(images)) if fid and n == args.num_per_digit else "- | - | -"
     per_1000 = seconds * 1000 / len(images)
     return (
-        f"| {name} | {steps} | {guidance:g} | {where} "
+        f"| {name} | {steps} | {scales(guidance)} | {where} "
         f"| {right[0]:.3f} | {right[1]:.3f} | {sum(right) / 2:.4f} | {scores} "
         f"| {evaluations:.1f} | {per_1000:.1f} |"
     )
+
+
+def scales(guidance):
+    return " / ".join(f"{scale:g}" for scale in guidance) if isinstance(guidance, list) else f"{guidance:g}"
 
 
 def neighbours(args, path):
@@ -191,10 +196,11 @@ def one_setting(sampler, steps, guidance, times):
     try:
         first, last = map(int, times.split("-"))
         if sampler in ("dpm++", "ddim", "ddpm"):
-            return sampler, whole(1, 1000)(steps), real(-100, 100)(guidance), (first, last)
+            scale = [real(-100, 100)(g) for g in guidance.split("/")]
+            return sampler, whole(1, 1000)(steps), scale if len(scale) == len(DOMAINS) else scale[0], (first, last)
     except (ValueError, UserError):
         pass
-    raise UserError("--only: take SAMPLER STEPS GUIDANCE FROM-TO, as in dpm++ 16 5 200-750")
+    raise UserError("--only: take SAMPLER STEPS GUIDANCE FROM-TO, as in dpm++ 16 7/4 200-750")
 
 
 @cli

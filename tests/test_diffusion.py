@@ -224,6 +224,8 @@ def test_guidance_scale_1_is_conditional_0_unconditional_and_w_is_scale_minus_1(
         assert guided(lambda x, t: c, lambda x, t: (c, u), scale)(x, t).eq(expected).all()
     w = 1.5
     assert guided(lambda x, t: c, lambda x, t: (c, u), 1 + w)(x, t).eq((1 + w) * c - w * u).all()
+    each = torch.tensor([1.0, 2.5]).view(-1, 1, 1, 1)  # a picture's own
+    assert guided(lambda x, t: c, lambda x, t: (c, u), each)(x, t).flatten().tolist() == [3.0, 6.0]
 
 
 def test_outside_its_interval_guidance_costs_nothing_and_does_nothing():

@@ -86,6 +86,16 @@ def test_batch_size_and_count_do_not_change_a_picture(checkpoint, tmp_path, samp
     assert max(abs(a[k] - b[k]).max() for k in a) <= 1 and max(abs(a[k] - c[k]).max() for k in c) <= 1
 
 
+def test_each_domain_is_guided_with_its_own_scale(checkpoint, tmp_path):
+    options = ["--checkpoint", checkpoint, "--steps", 3, "--num-per-digit", 1, "--interval", 0, 1000]
+    for name, scales in {"low": [1.5], "high": [6], "each": [6, 1.5]}.items():
+        script("p1_infer.py", tmp_path / name, *options, "--guidance", *scales)
+    low, high, each = (read(tmp_path / name) for name in ("low", "high", "each"))
+    assert any(np.any(low[k] != high[k]) for k in low if k.startswith("svhn"))
+    for k, picture in each.items():
+        assert np.array_equal(picture, (high if k.startswith("mnistm") else low)[k])
+
+
 @pytest.mark.parametrize("options", [[], ["--fast"]])
 def test_hw2_1_gives_the_same_bytes_every_time(tmp_path, options):
     if not (ROOT / "checkpoints/p1_unet.pt").is_file():
