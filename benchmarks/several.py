@@ -52,13 +52,15 @@ def drawn(args, delta):
 
 def deltas(args, jobs, folder):
     """{way: delta file, or None}, trained and merged."""
-    trained = {"delta of <new1>": jobs[:1], "delta of <new2>": jobs[1:], "trained jointly": jobs}
+    first, second = args.steps
+    trained = {"delta of <new1>": (jobs[:1], first), "delta of <new2>": (jobs[1:], second)}
+    trained["trained jointly"] = jobs, (first + second) // 2
     ways = {"tokens alone": None, **{way: folder / f"{way}.safetensors" for way in (*trained, "merged")}}
     start = None if args.words else args.json.parent / "embeddings"
-    for way, some in trained.items():
+    for way, (some, steps) in trained.items():
         model = fresh(args)
         size = p3_model.own_size(model)
-        recipe = Recipe(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed, size=size)
+        recipe = Recipe(steps=steps, batch=args.batch, lr=args.lr, seed=args.seed, size=size)
         print(f"{way}: {custom.learn(model, some, recipe, PRIOR, ways[way], start)}", file=sys.stderr)
     custom.merge(fresh(args), [ways[way] for way in list(trained)[:2]], ways["merged"], args.seed)
     return ways
@@ -69,7 +71,7 @@ def parse(argv):
     option = parser.add_argument
     option("--json", type=pathlib.Path, default=ROOT / "tiny/textual_inversion/input.json", help="pictures beside it")
     option("--count", type=whole(), default=10, help="pictures a prompt")
-    option("--steps", type=whole(), default=100)
+    option("--steps", type=whole(), nargs=2, default=[200, 10], help="of each delta; jointly, their mean")
     option("--batch-size", type=whole(), default=4, dest="batch")
     option("--lr", type=real(positive=True), default=1e-4, help="of one picture")
     option("--words", action="store_true", help="deltas start from words, not from the embeddings beside the JSON")
@@ -85,7 +87,8 @@ def main(argv=None):
     jobs = [(c, image_files(args.json.parent / c.key)) for c in read_concepts(args.json)]
     sources, told = [clip.images(files) for _, files in jobs], [p.format(*CALLED) for p in PROMPTS]
     lines = [
-        f"{describe_machine(args.device)}; ten prompts, mean of {args.count} pictures each; {args.steps} steps",
+        f"{describe_machine(args.device)}; ten prompts, mean of {args.count} pictures each; "
+        "deltas of {} and {} steps".format(*args.steps),
         "",
         "| way | image score, <new1> | image score, <new2> | text score |",
         "|---|---|---|---|",
