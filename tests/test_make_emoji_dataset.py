@@ -155,6 +155,12 @@ def test_dogs_and_glyphs_are_never_trained_on(made):
             assert (split == "style") == (vendor in tool.GLYPHS) and split != "subject"
 
 
+def test_new2_has_the_style_that_the_benchmark_reads(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    tiny = pytest.importorskip("tiny", reason="benchmarks/tiny.py needs requirements-dev.txt")
+    assert {style for _, style in tool.NEW2} == {tiny.NEW2} and tiny.NEW2 in tool.GLYPHS
+
+
 def test_every_dog_of_the_table_is_held_back_and_no_other_caption_says_the_word():
     table = json.loads((ROOT / "tools" / "emoji_subjects.json").read_text(encoding="utf-8"))
     dogs = {code for code, words in table.items() if "dog" in words[0] or "poodle" in words[0]}
