@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import pandas
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
@@ -40,8 +39,6 @@ class Recipe(NamedTuple):
     lr: float = 1.25e-3  # for one picture: times the batch, as the paper scales it
     vectors: int = 1
     init_word: str = ""  # "" takes the concept's own, or what it is
-    cross: bool = False  # start from the text encoder's output for that word, not from its vector
-    turn: float = 0.0  # above 0: norms stay, and directions turn by about so many radians a step
     crops: int = 4  # random crops a picture; one more is held back
     save_every: int = 50
     preview_every: int = 100
@@ -137,51 +134,14 @@ def encode(model, files, recipe, flip):
 
 
 @torch.no_grad()
-def initial(tokens, words, vectors=1, cross=False):
-    """Vectors [vectors, dim] to start from: one is the mean of all words, several are the words' own, in turns.
-
-    With `cross` not the words' vectors but the text encoder's outputs for them: learned vectors end near such outputs,
-    far from words (Cross Initialization, Pang et al. 2024, arXiv 2312.15905).
-    """
+def initial(tokens, words, vectors=1):
+    """Vectors [vectors, dim] to start from: one is the mean of all words, several are the words' own, in turns."""
     embedder, words = tokens.embedder, words.replace(",", " ").split()
     ids = [embedder.tokenizer(w, add_special_tokens=False)["input_ids"] for w in words]
     if not words or not all(ids) or 1 < vectors < len(words):
         raise UserError(f"initial words {words}: take words of the tokenizer, of several vectors one each at most")
-    if cross:
-        lengths = [len(i) for i in ids]
-        read = embedder(" ".join(words))[0, 1 : 1 + sum(lengths)].float().split(lengths)
-    else:
-        read = [tokens.table.weight[i].float() for i in ids]
-    means = torch.stack([rows.mean(0) for rows in read]).cpu()
+    means = torch.stack([tokens.table.weight[i].float().mean(0) for i in ids]).cpu()
     return means.mean(0, keepdim=True) if vectors == 1 else means[torch.arange(vectors) % len(means)]
-
-
-class Directions(torch.optim.Optimizer):
-    """Riemannian SGD on the sphere, for vectors [n, dim] whose norms stay (Directional Textual Inversion, Kim et al.
-    2025, arXiv 2512.13672): a step goes against the gradient's tangent part and back onto the sphere.
-
-    The prior is von Mises-Fisher around the directions at the start: -log p = -kappa mu . u of a direction u. The mean
-    of a row's gradients is divided by the root mean square of their lengths, so that `lr` is an angle.
-    """
-
-    def __init__(self, vectors, lr, kappa=1e-4, decay=0.9):
-        super().__init__([vectors], {"lr": lr, "kappa": kappa, "decay": decay})
-        zeros, mu = torch.zeros_like(vectors), F.normalize(vectors.detach(), dim=1)
-        self.state[vectors] = {"mean": zeros, "square": zeros[:, :1].clone(), "steps": 0, "mu": mu}
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        (group,) = self.param_groups
-        (v,), decay = group["params"], group["decay"]
-        state, norms = self.state[v], v.norm(dim=1, keepdim=True)
-        u, state["steps"] = v / norms, state["steps"] + 1
-        g = norms * v.grad - group["kappa"] * state["mu"]  # by u, of which v is norms times
-        g -= (g * u).sum(1, keepdim=True) * u
-        state["mean"].lerp_(g, 1 - decay)
-        state["square"].lerp_(g.square().sum(1, keepdim=True), 1 - decay)
-        seen = 1 - decay ** state["steps"]
-        turned = u - group["lr"] * (state["mean"] / seen) / ((state["square"] / seen).sqrt() + 1e-12)
-        v.copy_(norms * F.normalize(turned, dim=1))
 
 
 # -------------------------------------------------------------------------------- loss
@@ -237,12 +197,9 @@ class Inversion:
         self.token, self.kind, self.work = concept.token, kind_of(concept), utils.output_folder(work)
         word = recipe.init_word or concept.init_word or concept.word
         if self.token not in tokens:
-            tokens.add(self.token, initial(tokens, word, recipe.vectors, recipe.cross), init_word=word)
+            tokens.add(self.token, initial(tokens, word, recipe.vectors), init_word=word)
         self.vectors, self.losses = tokens[self.token], []
-        if recipe.turn:
-            self.optimizer = Directions(self.vectors, recipe.turn)
-        else:
-            self.optimizer = torch.optim.AdamW([self.vectors], lr=recipe.lr * recipe.batch, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW([self.vectors], lr=recipe.lr * recipe.batch, weight_decay=0.0)
         self.scaler = utils.grad_scaler(model.device, model.dtype)
 
     def run(self, files, out, clip=None, deadline=None):

@@ -36,14 +36,6 @@ def arguments(argv):
     option("--lr", type=real(positive=True), default=default.lr, help="of one picture; scaled by their number a step")
     option("--vectors", type=whole(), default=default.vectors, help="vectors a token (default: 1)")
     option("--init-word", default="", help='words to start from, say "corgi" (default: the JSON\'s)')
-    option("--cross", action="store_true", help="start from the text encoder's output for the initial words")
-    option(
-        "--turn",
-        type=real(0, 1),
-        default=default.turn,
-        metavar="RADIANS",
-        help="keep the vectors' norms, turn them by about so much a step; --lr is not used (default: 0, off)",
-    )
     option("--crops", type=whole(), default=default.crops, help="random crops a picture")
     option("--save-every", type=whole(), default=default.save_every)
     option("--preview-every", type=whole(0), default=default.preview_every, help="0: no previews")

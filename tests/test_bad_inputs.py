@@ -293,7 +293,6 @@ benchmarks/p1.py | --only euler 1 1 0-1 | --only: take SAMPLER STEPS GUIDANCE FR
 benchmarks/p2.py | --size 48 | argument --size:
 benchmarks/p4.py | --seeds -1 | argument --seeds:
 benchmarks/p3.py | --repeats 0 | argument --repeats:
-benchmarks/inversion.py | --seeds 0 | argument --seeds:
 report/make_report.py | --remake nothing | argument --remake: invalid choice
 tools/make_digits.py | OUT --source IN/none | none: no such folder
 """  # noqa: E501
