@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import utils
 from digits import DOMAINS
-from p1_model import GUIDANCE, load_digit_unet, stages
-from utils import Parser, UserError, cli, real, whole
+from p1_model import GUIDANCE, guidance_scale, load_digit_unet, stages
+from utils import Parser, cli, whole
 
 CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
 CHECKPOINT, STUDENT = str(CHECKPOINTS / "p1_unet.pt"), str(CHECKPOINTS / "p1_student.pt")
@@ -97,8 +97,8 @@ def parse(argv):
     option(
         "--steps", type=whole(1, 1000), default=16, help="of the sampler; a few-step network has its own (default: 16)"
     )
-    scales = "eps_u + guidance (eps_c - eps_u), 1 = none; of both domains, or of MNIST-M and SVHN (default: 7 4)"
-    option("--guidance", type=real(-100, 100), nargs="+", default=GUIDANCE, help=scales)
+    scales = "eps_u + guidance (eps_c - eps_u), 1 = none; of both domains, or MNIST-M/SVHN (default: 7/4)"
+    option("--guidance", type=guidance_scale, default=GUIDANCE, metavar="SCALE", help=scales)
     within = "guide at times FROM <= t < TO only (default: 200 750)"
     option("--interval", type=whole(0), nargs=2, default=[200, 750], metavar=("FROM", "TO"), help=within)
     option("--num-per-digit", type=whole(1, PER_PAIR), default=50)
@@ -109,9 +109,6 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not (args.out or args.grid or args.trajectory):
         parser.error("give an output folder, --grid or --trajectory")
-    if len(args.guidance) > len(DOMAINS):
-        raise UserError(f"--guidance: take one scale, or one for each of {' and '.join(DOMAINS)}")
-    args.guidance = args.guidance[0] if len(args.guidance) == 1 else args.guidance
     return args
 
 

@@ -176,6 +176,14 @@ class Critic(nn.Module):
         return self.head(self.unet.encode(x, t, digit, domain)[0]).float()
 
 
+def guidance_scale(text):
+    """`type` of an option: the scale of all pictures, "5", or a list of one for each domain, "7/4"."""
+    scales = [utils.real(-100, 100)(part) for part in text.split("/")]
+    if len(scales) not in (1, len(DOMAINS)):
+        raise UserError(f"take one scale, or one for each of {' and '.join(DOMAINS)} as in 7/4, not {text!r}")
+    return scales if len(scales) > 1 else scales[0]
+
+
 def eps_model_for(model, config, digit, domain, scale, interval=(0, 10**9)):
     """The guided eps_model(x_t, t) that the samplers of diffusion.py call, for a batch of digits and domains.
 

@@ -31,8 +31,8 @@ import utils
 from classifiers import load_classifier, predict
 from diffusion import ddpm, run, schedule, timesteps
 from digits import DOMAINS, load_digits
-from p1_model import GUIDANCE, eps_model_for, load_digit_unet, reverse_process
-from utils import Parser, UserError, cli, real, whole
+from p1_model import GUIDANCE, eps_model_for, guidance_scale, load_digit_unet, reverse_process
+from utils import Parser, UserError, cli, whole
 
 FULL = (0, 1000)
 # sampler, steps, guidance (of both domains, or of each), interval: the shipped setting is the first one
@@ -196,8 +196,7 @@ def one_setting(sampler, steps, guidance, times):
     try:
         first, last = map(int, times.split("-"))
         if sampler in ("dpm++", "ddim", "ddpm"):
-            scale = [real(-100, 100)(g) for g in guidance.split("/")]
-            return sampler, whole(1, 1000)(steps), scale if len(scale) == len(DOMAINS) else scale[0], (first, last)
+            return sampler, whole(1, 1000)(steps), guidance_scale(guidance), (first, last)
     except (ValueError, UserError):
         pass
     raise UserError("--only: take SAMPLER STEPS GUIDANCE FROM-TO, as in dpm++ 16 7/4 200-750")

@@ -40,7 +40,8 @@ p1_infer.py | OUT --device cpu --precision fp16 | --precision fp16 needs a GPU
 p1_infer.py | OUT --precision fp8 | argument --precision: invalid choice: 'fp8'
 p1_infer.py | OUT --guidance nan | argument --guidance: take a number, -100 to 100, not 'nan'
 p1_infer.py | OUT --guidance inf | argument --guidance:
-p1_infer.py | OUT --guidance 1 2 3 | --guidance: take one scale, or one for each of mnistm and svhn
+p1_infer.py | OUT --guidance 1/2/3 | argument --guidance: take one scale, or one for each of mnistm and svhn
+p1_infer.py | OUT --guidance 7/x | argument --guidance: take a number, -100 to 100, not 'x'
 p1_infer.py | OUT --interval -1 5 | argument --interval:
 p1_infer.py | OUT --interval 0 | argument --interval: expected 2 arguments
 p1_infer.py | OUT --num-per-digit 0 | argument --num-per-digit:
