@@ -1,6 +1,6 @@
 """Trains a small Stable Diffusion from scratch: autoencoder, text encoder, a CLIP that judges, latent diffusion model.
 
-    python3 p3_train.py --data runs/emoji --out runs/tiny       # all four; the same line again goes on with them
+    python3 p3_train.py                                         # all four; the same line again goes on with them
     python3 p3_train.py --out runs/more --start checkpoints/tiny.ckpt           # goes on with its network alone
     python3 p3_train.py --set diffusion.steps=50000 diffusion.batch_size=64     # other than in the config's `training`
 
@@ -347,7 +347,7 @@ def run(module, train, val):
 def parse(argv):
     parser = Parser(__doc__)
     option = parser.add_argument
-    option("--data", default="hw2_data/emoji", help="folder of emoji.npz and emoji.json")
+    option("--data", default="runs/emoji", help="folder of emoji.npz and emoji.json")
     option("--config", default=str(CONFIGS["tiny"]), help="the model's YAML, with its `training`")
     option("--start", metavar="CKPT", help="a model.ckpt of this script: only its network is trained, and further")
     option("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other values than in the config's `training`")
