@@ -3,10 +3,11 @@
     python3 p1_distill.py --out runs/p1_four                                    # t = 999, 624, 374, 124, data
     python3 p1_distill.py --out runs/p1_two --times 999 499 --start runs/p1_four/best.pt --trajectories runs/p1_four
 
-After Zhou et al. 2024, Simple and Fast Distillation of Diffusion Models: trajectories of the teacher are sampled once,
-and the student learns to be where the teacher is at each of its own times, from where it came to itself before.
-That alone leaves it blurred: hence --features, and --adversarial for a last, short run with --start. Leaves in --out
-what p1_train.py does, and trajectories_*.pt, 9 GB for 200,000, from which another run may learn.
+After Zhou et al. 2024, Simple and Fast Distillation of Diffusion Models: trajectories of the teacher are sampled once
+(Ctrl-C keeps those that are there; --max-time counts from the end of it), and the student learns to be where the
+teacher is at each of its own times, from where it came to itself before. That alone leaves it blurred: hence
+--features, and --adversarial for a last, short run with --start. Leaves in --out what p1_train.py does, and
+trajectories_*.pt, 9 GB for 200,000, from which another run may learn.
 """
 
 from __future__ import annotations

@@ -163,6 +163,7 @@ def row(args, fid, name, make, setting):
 
 
 def scales(guidance):
+    """A setting's guidance as the table has it: "5" of both domains, "7 / 4" of each."""
     return " / ".join(f"{scale:g}" for scale in guidance) if isinstance(guidance, list) else f"{guidance:g}"
 
 
