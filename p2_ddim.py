@@ -5,7 +5,8 @@
 
 The recipe of the course's ground truth: 50 uniform steps t = 981, 961, ..., 1, then alpha_bar[0]; eta 0; predicted x_0
 clamped to [-1, 1]; each picture stretched from its own minimum and maximum to [0, 255]. In the sheets [-1, 1] becomes
-[0, 255] instead, so that contrast can be compared. With eta > 0, picture i draws its noise from the seed + i.
+[0, 255] instead, so that contrast can be compared. With eta > 0, the steps of picture i draw from the seed + i, behind
+what --make-noise draws from it.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ class Sampler:
             for i, j in self.batches(noises):
                 x = torch.stack(noises[i:j]).to(self.device)  # [B, 3, S, S]
                 noise = utils.noise_stream(self.seed, indices[i:j], x.shape[1:], self.device)
+                noise()  # the first of a stream is x_T by --make-noise, which what the steps add must not repeat
                 for _t, x, _x_0 in ddim(self.eps_model, x, self.alpha_bar, self.times, eta, noise):  # noqa: B020
                     bar.update(len(x))
                 if not torch.isfinite(x).all():

@@ -24,12 +24,13 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import utils
-from diffusion import ddim, eps_from_v, run, schedule, time_batch, timesteps, training_loss
+from diffusion import ddim, eps_from_v, run, schedule, time_batch, time_shares, timesteps, training_loss
 from digits import is_validation
 from train_common import Batches, SaveBest, Training, add_training_options, fit, lightning_trainer
 from UNet import UNet, load_unet, norm_groups
 from utils import Parser, UserError, cli, real, whole
 
+TIMES = "normal distribution of log(sigma/alpha) of the times that are trained (default: -0.5 1.3)"
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -38,10 +39,14 @@ class FaceDiffusion(Training):
 
     alpha_bar = schedule("linear", 1000)  # what p2_ddim.py samples with
 
-    def loss(self, model, images, **options):
-        x_0, config = utils.to_float(images), self.config
-        weight = {"min_snr": config["min_snr"], "floor": config["floor"]}
-        return training_loss(model, x_0, self.alpha_bar, config["objective"], **weight, **options).mean()
+    def __init__(self, model, config, args):
+        super().__init__(model, config, args)
+        self.shares = time_shares(self.alpha_bar, *config["log_sigma"])
+
+    def loss(self, model, images, draw=None, **options):
+        t = self.shares.multinomial(len(images), replacement=True, generator=draw)
+        how = {"objective": self.config["objective"], "min_snr": self.config["min_snr"], "t": t}
+        return training_loss(model, utils.to_float(images), self.alpha_bar, **how, **options).mean()
 
     def training_step(self, images, _):
         flip = torch.rand(len(images), 1, 1, 1, device=self.device) < 0.5
@@ -50,11 +55,10 @@ class FaceDiffusion(Training):
         return loss
 
     def validation_step(self, images, i):
-        noise = torch.Generator().manual_seed(i)
-        t = torch.randint(1000, (len(images),), generator=noise)
-        eps = torch.randn(images.shape, generator=noise).to(self.device)
         for decay, average in zip(self.averages.decays, self.averages):
-            self.log(f"val_loss_{decay}", self.loss(average, images, t=t, eps=eps), sync_dist=True)
+            draw = torch.Generator().manual_seed(i)
+            eps = torch.randn(images.shape, generator=draw).to(self.device)
+            self.log(f"val_loss_{decay}", self.loss(average, images, draw, eps=eps), sync_dist=True)
 
 
 def draw(model, config):
@@ -99,10 +103,13 @@ def parse(argv):
     option("--channel", type=channel, default=32, help="width of the largest map; 128 is the course's (default: 32)")
     option("--objective", choices=["eps", "v"], default="v", help="what the network predicts (default: v)")
     option("--min-snr", type=real(0), default=0.0, help="gamma of the min-SNR loss weight; 0 = none (default: 0)")
-    option("--floor", type=real(0, 1), default=0.0, help="the least of those weights (default: 0)")
+    option("--log-sigma", type=real(), nargs=2, metavar=("MEAN", "STD"), default=[-0.5, 1.3], help=TIMES)
     option("--perturb", type=real(0, 1), default=0.1, help="gamma of the input perturbation (default: 0.1)")
     add_training_options(parser, out="runs/p2", steps=7500, batch_size=32, lr=6e-4, ema=[0.999, 0.9995, 0.9999])
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.log_sigma[1] <= 0:
+        raise UserError(f"--log-sigma: take a deviation above 0, not {args.log_sigma[1]:g}")
+    return args
 
 
 def channel(text):
@@ -120,7 +127,7 @@ def main(argv=None):
     args = parse(argv)
     train, val = read_faces(args.data, args.size)
     out = utils.output_folder(args.out)
-    config = {name: getattr(args, name) for name in ("size", "objective", "floor", "perturb")}
+    config = {name: getattr(args, name) for name in ("size", "objective", "log_sigma", "perturb")}
     pl.seed_everything(args.seed, verbose=False)
     model = load_unet(args.start).requires_grad_(True) if args.start else UNet(channel=args.channel)
     config.update(channel=model.out[0].num_channels, min_snr=args.min_snr or None)

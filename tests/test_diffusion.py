@@ -17,6 +17,7 @@ from diffusion import (
     run,
     schedule,
     slerp,
+    time_shares,
     timesteps,
     training_loss,
 )
@@ -113,15 +114,14 @@ def test_min_snr_weight_is_min_of_snr_and_gamma_on_the_x_0_error(objective):
     assert torch.allclose(training_loss(model, x_0, ALPHA_BAR, objective, 5.0, t, eps).double(), expected, rtol=1e-3)
 
 
-def test_a_floor_keeps_the_weight_of_clean_times():
-    x_0, eps, t = torch.zeros(3, 3, 4, 4), torch.randn(3, 3, 4, 4), torch.tensor([0, 500, 999])
-
-    def loss(floor):
-        return training_loss(lambda x_t, t: torch.zeros(1), x_0, ALPHA_BAR, "v", 5.0, t, eps, floor)
-
-    plain = training_loss(lambda x_t, t: torch.zeros(1), x_0, ALPHA_BAR, "v", None, t, eps)
-    assert (loss(0.0) / plain)[0] < 0.01
-    assert torch.allclose(loss(0.2) / plain, (loss(0.0) / plain).clamp(min=0.2))
+def test_time_shares_make_log_sigma_normal_but_for_a_uniform_part():
+    log_sigma = torch.log(ALPHA_BAR.rsqrt().square() - 1) / 2
+    share = time_shares(ALPHA_BAR, mean=-0.5, std=0.8, uniform=0.0)
+    mean = (share * log_sigma).sum()
+    assert share.sum() == pytest.approx(1)
+    assert mean == pytest.approx(-0.5, abs=0.01)
+    assert (share * (log_sigma - mean) ** 2).sum().sqrt() == pytest.approx(0.8, abs=0.01)
+    assert torch.allclose(time_shares(ALPHA_BAR, -0.5, 0.8, uniform=0.25), 0.75 * share + 0.25 / len(share))
 
 
 def test_input_perturbation_adds_noise_of_which_the_target_knows_nothing():

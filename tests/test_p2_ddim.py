@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import p2_ddim
+import utils
 from diffusion import ddim, schedule, slerp, time_batch, timesteps
 from diffusion import run as sample
 from UNet import UNet
@@ -79,6 +80,20 @@ def test_batch_size_does_not_change_a_picture(unet, noise, tmp_path, eta):
     for name in ("00.png", "01.png", "02.png", "03.png"):
         for other in ("one", "three"):
             assert np.abs(pixels(tmp_path / "all" / name) - pixels(tmp_path / other / name)).max() <= 1
+
+
+def test_what_the_steps_add_is_independent_of_the_noise_that_make_noise_wrote(unet, tmp_path, monkeypatch):
+    assert p2_ddim.main(["--make-noise", str(tmp_path), "--count", "2", "--size", "32"]) == 0
+    drawn = []
+
+    def draw_twice(eps_model, x, alpha_bar, times, eta, noise):
+        drawn.extend([noise(), noise()])
+        yield 0, x, x
+
+    monkeypatch.setattr(p2_ddim, "ddim", draw_twice)
+    run(tmp_path, tmp_path / "out", unet, "--eta", 0.25, "--seed", 0)
+    begun = torch.cat([utils.load_checkpoint(tmp_path / f"{i:02d}.pt") for i in range(2)])
+    assert all((z - x).abs().mean() > 1 for z in drawn for x in (begun, begun.flip(0)))
 
 
 def test_the_seed_matters_only_with_eta(unet, noise, tmp_path):
