@@ -1,6 +1,6 @@
 """Distils the guided sampler of Problem 1 into a network of one to eight steps that needs no guidance.
 
-    python3 p1_distill.py --out runs/p1_four                                    # t = 999, 624, 374, 124, data
+    python3 p1_distill.py --out runs/p1_four                                    # t = 999, 499, 249, 124, data
     python3 p1_distill.py --out runs/p1_two --times 999 499 --start runs/p1_four/best.pt --trajectories runs/p1_four
 
 After Zhou et al. 2024, Simple and Fast Distillation of Diffusion Models: trajectories of the teacher are sampled once
@@ -32,7 +32,7 @@ from utils import Parser, UserError, cli, load_checkpoint, output_folder, pick_p
 
 CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
 KEPT = timesteps(1000, 8)  # 999, 874, 749 ... 124, -1: every second time of the teacher, of which states are kept
-TIMES = [999, 624, 374, 124]  # the last step short: it is the one that blurs
+TIMES = [999, 499, 249, 124]  # the last step short: it is the one that blurs
 CHUNK, SEEDS = 500, 10**6  # trajectories a file; their seeds, above those of hw2_1.sh
 
 
@@ -100,7 +100,7 @@ def parse(argv):
     option = parser.add_argument
     option("--teacher", default=str(CHECKPOINTS / "p1_unet.pt"))
     option("--start", metavar="CHECKPOINT", help="the student before it learns (default: the teacher)")
-    option("--times", type=int, nargs="+", choices=KEPT[:-1], default=TIMES, help="(default: 999 624 374 124)")
+    option("--times", type=int, nargs="+", choices=KEPT[:-1], default=TIMES, help="(default: 999 499 249 124)")
     option("--count", type=whole(CHUNK, SEEDS, CHUNK), default=40_000, help="trajectories (default: 40000)")
     option("--trajectories", metavar="FOLDER", help="where they are or shall be (default: --out)")
     option("--features", type=real(0), default=0.1, help="weight of a loss in the SVHN judge's features (default: 0.1)")
