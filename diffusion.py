@@ -96,7 +96,8 @@ def time_shares(alpha_bar, mean, std, uniform=0.1):
     Uniform times spend themselves on noise: of the linear schedule's 1000, the upper 500 have an SNR below 0.09.
     """
     log_sigma = 0.5 * torch.log((1 - alpha_bar) / alpha_bar)
-    share = torch.exp(-0.5 * ((log_sigma - mean) / std) ** 2) * torch.gradient(log_sigma)[0]
+    log_density = -0.5 * ((log_sigma - mean) / std) ** 2
+    share = torch.exp(log_density - log_density.max()) * torch.gradient(log_sigma)[0]
     return (1 - uniform) * share / share.sum() + uniform / len(share)
 
 

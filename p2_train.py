@@ -103,12 +103,12 @@ def parse(argv):
     option("--channel", type=channel, default=32, help="width of the largest map; 128 is the course's (default: 32)")
     option("--objective", choices=["eps", "v"], default="v", help="what the network predicts (default: v)")
     option("--min-snr", type=real(0), default=0.0, help="gamma of the min-SNR loss weight; 0 = none (default: 0)")
-    option("--log-sigma", type=real(), nargs=2, metavar=("MEAN", "STD"), default=[-0.5, 1.3], help=TIMES)
+    option("--log-sigma", type=real(-10, 10), nargs=2, metavar=("MEAN", "STD"), default=[-0.5, 1.3], help=TIMES)
     option("--perturb", type=real(0, 1), default=0.1, help="gamma of the input perturbation (default: 0.1)")
     add_training_options(parser, out="runs/p2", steps=7500, batch_size=32, lr=6e-4, ema=[0.999, 0.9995, 0.9999])
     args = parser.parse_args(argv)
-    if args.log_sigma[1] <= 0:
-        raise UserError(f"--log-sigma: take a deviation above 0, not {args.log_sigma[1]:g}")
+    if args.log_sigma[1] < 0.1:
+        raise UserError(f"--log-sigma: take a deviation of 0.1 or more, not {args.log_sigma[1]:g}")
     return args
 
 

@@ -121,6 +121,7 @@ def test_time_shares_make_log_sigma_normal_but_for_a_uniform_part():
     assert share.sum() == pytest.approx(1)
     assert mean == pytest.approx(-0.5, abs=0.01)
     assert (share * (log_sigma - mean) ** 2).sum().sqrt() == pytest.approx(0.8, abs=0.01)
+    assert time_shares(ALPHA_BAR, 10, 0.1).argmax() == len(ALPHA_BAR) - 1  # beyond the schedule
     assert torch.allclose(time_shares(ALPHA_BAR, -0.5, 0.8, uniform=0.25), 0.75 * share + 0.25 / len(share))
 
 
