@@ -1,7 +1,7 @@
 """Distils the guided sampler of Problem 1 into a network of one to eight steps that needs no guidance.
 
     python3 p1_distill.py --out runs/p1_four                                    # t = 999, 499, 249, 124, data
-    python3 p1_distill.py --out runs/p1_two --times 999 499 --start runs/p1_four/best.pt --trajectories runs/p1_four
+    python3 p1_distill.py --out runs/p1_two --times 999 374 --start runs/p1_four/best.pt --trajectories runs/p1_four
 
 After Zhou et al. 2024, Simple and Fast Distillation of Diffusion Models: trajectories of the teacher are sampled once
 (Ctrl-C keeps those that are there; --max-time counts from the end of it), and the student learns to be where the
