@@ -36,8 +36,8 @@ COURSE = {  # the course's constructor arguments, with the values of UNet.pt
 class UNet(nn.Module):
     """x_t [B, 3, H, W] and time int64 [B] -> the predicted noise eps (or v: `objective`) [B, 3, H, W].
 
-    `channel` is the width of the largest map, a multiple of 16 (or 4, 8, 12); 128 is the course's network. Its further
-    arguments (see COURSE) may only have the values that the weights of UNet.pt are for.
+    `channel` is the width of the largest map, a multiple of 4 that its groups divide; 128 is the course's network. Its
+    further arguments (see COURSE) may only have the values that the weights of UNet.pt are for.
     """
 
     objective = "eps"  # what it predicts; load_unet makes it "v" where the checkpoint says so
@@ -97,7 +97,7 @@ def norm_groups(channel):
     """
     groups = 32 if channel >= 128 else max(1, channel // 16)
     if channel < 4 or channel % 4 or channel % groups:
-        raise ValueError(f"channel {channel}: take a multiple of 16 below 128 (or 4, 8, 12), of 32 above")
+        raise ValueError(f"channel {channel}: take a multiple of 16 below 128, of 32 above")
     return groups
 
 

@@ -26,10 +26,7 @@ from tqdm import tqdm
 import utils
 from classifiers import DigitResNet, LeNet, fetch_resnet34_svhn, load_classifier, predict, probabilities
 from digits import SIZE, load_digits
-from utils import Parser, UserError, cli, whole
-
-CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
-
+from utils import CHECKPOINTS, Parser, UserError, cli, whole
 
 # ------------------------------------------------------------------------ grading
 
@@ -78,13 +75,10 @@ def judged(model, folder):
 
 
 def grade(args, device):
-    judges = {
-        "mnistm": (load_classifier(args.checkpoint, device), args.checkpoint),
-        "svhn": svhn_judge(args.svhn_checkpoint, device),
-    }
+    of_mnistm = load_classifier(args.checkpoint, device), args.checkpoint
+    judges = ("mnistm", "MNIST-M", *of_mnistm), ("svhn", "SVHN", *svhn_judge(args.svhn_checkpoint, device))
     result = {"accuracy": 0.0, "domains": []}
-    for domain, title in (("mnistm", "MNIST-M"), ("svhn", "SVHN")):
-        model, name = judges[domain]
+    for domain, title, model, name in judges:
         found = judged(model, pathlib.Path(args.folder) / domain)
         accuracy = found["correct"] / found["pictures"]
         result["accuracy"] += accuracy / 2
@@ -124,7 +118,7 @@ def train(args, device, dtype):
     """Trains a LeNet on MNIST-M, or a DigitResNet on any other domain, and writes {"state_dict", "accuracy",
     "epochs"}."""
     utils.reuse_freed_memory()
-    utils.seed_everything(args.seed)
+    torch.manual_seed(args.seed)
     utils.output_file(args.out)
     images, labels = load_digits(args.data, args.train, "train")
     val_images, val_labels = load_digits(args.data, args.train, "val")

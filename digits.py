@@ -77,8 +77,8 @@ def read_image(path):
 
 
 def _read_cached(folder, names):
-    """uint8 [N, 3, 28, 28] of folder/data/{names}, from folder/.cache.npz when it was made of the same names and
-    files."""
+    """uint8 [N, 3, 28, 28] of folder/data/{names}, from folder/.cache.npz when it was made of the same names, in the
+    folder as it was (pictures overwritten in place are not noticed)."""
     cache = folder / ".cache.npz"
     data = folder / "data"
     key = f"{zlib.crc32(chr(10).join(names).encode())}-{data.stat().st_mtime_ns if data.is_dir() else 'none'}"
@@ -129,7 +129,3 @@ class BalancedDigits(Dataset):
         which = torch.randint(2**40, number.shape) if self.split == "train" else number
         rows = self.order[self.starts[pair] + which % self.counts[pair]]
         return self.images[rows], self.digits[rows], self.domains[rows]
-
-    def __getitem__(self, i):
-        images, digits, domains = self.__getitems__([i])
-        return images[0], digits[0], domains[0]

@@ -18,7 +18,16 @@ if ! gdown "$id" -O hw2_data.zip.tmp; then
         "public sources: python3 tools/make_digits.py hw2_data/digits" >&2
     exit 2
 fi
-python3 -m zipfile -e hw2_data.zip.tmp . || { echo "error: hw2_data.zip.tmp is no whole zip; run this again" >&2; exit 2; }
-rm hw2_data.zip.tmp
-[ -d hw2_data/digits ] || { echo "error: the zip holds no hw2_data/digits; the course has changed it" >&2; exit 2; }
+rm -rf hw2_data.tmp
+if ! said=$(python3 -m zipfile -e hw2_data.zip.tmp hw2_data.tmp 2>&1); then
+    rm -rf hw2_data.tmp hw2_data.zip.tmp
+    echo "error: the course's zip cannot be unpacked (${said##*$'\n'}); run this again" >&2
+    exit 2
+fi
+[ -d hw2_data.tmp/hw2_data/digits ] || { echo "error: the zip holds no hw2_data/digits; the course has changed it" >&2; exit 2; }
+mv hw2_data.tmp/hw2_data/digits hw2_data.tmp/
+mkdir -p hw2_data
+cp -R hw2_data.tmp/hw2_data/. hw2_data/
+mv hw2_data.tmp/digits hw2_data/                # last: it says that all is there
+rm -r hw2_data.tmp hw2_data.zip.tmp
 echo "wrote hw2_data"

@@ -23,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import utils
 from classifiers import feature_distance, load_classifier
 from diffusion import alpha_sigma, q_sample, schedule, timesteps
 from digits import DOMAINS, BalancedDigits
 from p1_model import Critic, judged_samples, load_digit_unet, stages
 from train_common import Batches, SaveBest, SaveLast, Training, add_training_options, fit, lightning_trainer
-from utils import Parser, UserError, cli, load_checkpoint, output_folder, pick_precision, real, save_checkpoint, whole
+from utils import CHECKPOINTS, Parser, UserError, cli, output_folder, pick_precision, real, whole
 
-CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
 KEPT = timesteps(1000, 8)  # 999, 874, 749 ... 124, -1: every second time of the teacher, of which states are kept
 TIMES = [999, 499, 249, 124]  # the last step short: it is the one that blurs
 CHUNK, SEEDS = 500, 10**6  # trajectories a file; their seeds, above those of hw2_1.sh
@@ -82,16 +82,16 @@ class Distillation(Training):
 
 def trajectories(args, teacher, config, folder):
     """float16 [count, args.times and the data, 3, 28, 28], read or sampled; i is of the digit and domain i % 20."""
-    key, parts = zlib.crc32(pathlib.Path(args.teacher).read_bytes()), []
+    dtype, parts = pick_precision(args.precision, args.device), []
+    key = zlib.crc32(f"{stages.__defaults__} {dtype}".encode(), zlib.crc32(pathlib.Path(args.teacher).read_bytes()))
     for start in tqdm(range(0, args.count, CHUNK), desc="trajectories", unit="file"):
         path = folder / f"trajectories_{key:08x}_{args.seed}_{start:07d}.pt"
         if not path.is_file():
             index = torch.arange(start, start + CHUNK)
-            dtype = pick_precision(args.precision, args.device)
             states = list(stages(teacher, config, index % 10, index % 20 // 10, index, args.seed + SEEDS, dtype))
-            save_checkpoint(torch.stack(states[::2], dim=1).half().cpu(), path)
+            utils.save_checkpoint(torch.stack(states[::2], dim=1).half().cpu(), path)
         columns = [KEPT.index(t) for t in [*args.times, -1]]
-        parts.append(load_checkpoint(path)[:, columns])
+        parts.append(utils.load_checkpoint(path)[:, columns])
     return torch.cat(parts)
 
 

@@ -24,9 +24,8 @@ from tqdm import tqdm
 import utils
 from digits import DOMAINS
 from p1_model import GUIDANCE, guidance_scale, load_digit_unet, stages
-from utils import Parser, cli, whole
+from utils import CHECKPOINTS, Parser, cli, whole
 
-CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
 CHECKPOINT, STUDENT = str(CHECKPOINTS / "p1_unet.pt"), str(CHECKPOINTS / "p1_student.pt")
 PER_PAIR = 10_000  # seeds set aside for a (domain, digit) pair
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import os
-import pathlib
 import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -26,9 +25,7 @@ from diffusion import schedule, training_loss
 from digits import DOMAINS, BalancedDigits
 from p1_model import NO_DIGIT, DigitUNet, judged_samples, load_digit_unet
 from train_common import SaveBest, Training, add_training_options, fit, lightning_trainer
-from utils import Parser, cli, output_folder, real, to_float, whole
-
-CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
+from utils import CHECKPOINTS, Parser, UserError, cli, output_folder, real, to_float, whole
 
 
 class DigitDiffusion(Training):
@@ -84,6 +81,8 @@ def main(argv=None):
     pl.seed_everything(args.seed, verbose=False)
     if args.start:
         model, config = load_digit_unet(args.start)
+        if "steps" in config:
+            raise UserError(f"{args.start}: a few-step network, which p1_distill.py trains; start from p1_unet.pt")
     else:
         model = DigitUNet(args.channels, args.deep)
         config = {"channels": args.channels, "deep": args.deep, "T": 1000, "schedule": "cosine", "objective": "v"}

@@ -49,7 +49,7 @@ def parse(argv=None):
     option("--size", type=whole(32, 4096, 32), default=64, help="of which height and width (default: 64)")
     utils.add_device_options(parser)
     args = parser.parse_args(argv)
-    if args.make_noise is None and args.unet is None:
+    if not args.make_noise and args.unet is None:
         raise UserError("give NOISE_DIR OUT UNET_PT, or --make-noise DIR")
     if args.interpolate and not args.grid or args.grid and not args.interpolate:
         raise UserError("--interpolate slerp|linear and --grid FILE go together: give both or neither")
@@ -72,7 +72,9 @@ def main(argv=None):
     noises = read_noises(args.noise_dir)
     truths = read_truths(args.gt, noises) if args.gt else {}
     if args.interpolate:
-        check_ends(noises, args.between, args.noise_dir)
+        check_sizes(noises, args.between, args.noise_dir)
+    if args.eta_grid:
+        check_sizes(noises, list(noises)[:4], args.noise_dir)
     sampler = Sampler(args)
     out = utils.output_folder(args.out)
     sheets = [utils.output_file(f) for f in (args.eta_grid, args.grid) if f]
@@ -225,13 +227,13 @@ def squared_error(path, truth):
     return float(np.mean((np.asarray(utils.open_image(path)).astype(np.float64) - truth) ** 2))
 
 
-def check_ends(noises, between, folder):
-    for stem in between:
+def check_sizes(noises, stems, folder):
+    for stem in stems:
         if stem not in noises:
             raise UserError(f"{folder}/{stem}.pt: no such noise; --between two of {', '.join(list(noises)[:5])} ...")
-    a, b = (noises[stem].shape[-1] for stem in between)
-    if a != b:
-        raise UserError(f"--between {' '.join(between)}: one is {a}x{a}, the other {b}x{b}; name two of one size")
+    sizes = {noises[stem].shape[-1] for stem in stems}
+    if len(sizes) > 1:
+        raise UserError(f"{folder}: {' '.join(stems)} are of sides {sorted(sizes)}; a sheet needs noises of one size")
 
 
 def make_noise(folder, count, size, seed):

@@ -111,9 +111,11 @@ def load_clip(name, device="cpu"):
     path = pathlib.Path(name)
     if not path.exists():
         path = _fetch(str(name))
-    if path.is_dir():
-        return Clip(_build(_from_transformers(path), path), device, str(name))
-    return Clip(_build(_openai_state_dict(path), path), device, str(name))
+    try:
+        state = _from_transformers(path) if path.is_dir() else load_checkpoint(path)
+        return Clip(_build(state.get("state_dict", state), path), device, str(name))
+    except (LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: not the weights of a CLIP model ({str(e)[:150]})") from None
 
 
 def _build(state, path):
@@ -139,11 +141,6 @@ def save_clip(state, path):
         warnings.simplefilter("ignore")  # tracing is no longer advised
         traced = torch.jit.trace_module(network, {"encode_image": images, "encode_text": tokens})
         torch.jit.save(traced.half(), str(temporary))
-
-
-def _openai_state_dict(path):
-    state = load_checkpoint(path)
-    return state.get("state_dict", state) if isinstance(state, dict) else {}
 
 
 def _fetch(name):

@@ -22,21 +22,9 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import p3_model  # noqa: E402
+import utils  # noqa: E402
 from p3_concepts import image_files, placeholders, read_concepts  # noqa: E402
-from utils import (  # noqa: E402
-    Parser,
-    UserError,
-    add_device_options,
-    atomic,
-    cli,
-    image_grid,
-    output_folder,
-    pick_precision,
-    read_json,
-    real,
-    save_png,
-    whole,
-)
+from utils import Parser, UserError, cli, real, save_png, whole  # noqa: E402
 
 FEWEST_STEPS = 8  # below this DPM-Solver++ pictures fall apart
 FAST = 0.55  # of the time of a step, with --fast
@@ -74,15 +62,10 @@ def tokens_in(prompts, concepts):
 def read_manifest(path):
     """{relative path: recipe} of the pictures that an earlier run finished."""
     try:
-        manifest = read_json(path)
+        manifest = utils.read_json(path)
     except UserError:  # none, or a damaged one: the pictures are made again
         return {}
     return manifest if isinstance(manifest, dict) else {}
-
-
-def write_manifest(manifest, path):
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=0))
 
 
 def plan(concepts, settings, tokens, out):
@@ -197,7 +180,7 @@ def make(model, tokens, todo, finished, settings, out, clock, batch):
                 path = f"{source}/{p}/{file_name(source, p, i)}"
                 save_png(picture, out / path)
                 finished[path] = recipe_id(now, tokens, prompt, i)
-            write_manifest(finished, out / MANIFEST)
+            utils.save_json(finished, out / MANIFEST)
             left -= len(part)
             bar.update(len(part))
     bar.close()
@@ -209,7 +192,7 @@ def sheet(model, prompt, settings, out, batch):
     parts = [range(settings.images)[i : i + batch] for i in range(0, settings.images, batch)]
     bar = tqdm(parts, unit="batch", desc="generate")
     pictures = torch.cat([generate(model, prompt, part, settings) for part in bar])
-    save_png(image_grid(pictures, columns=min(5, settings.images)), out / "prompt.png")
+    save_png(utils.image_grid(pictures, columns=min(5, settings.images)), out / "prompt.png")
 
 
 # -------------------------------------------------------------------------------- embeddings that are missing
@@ -238,12 +221,12 @@ def train_missing(model, tokens, jobs, out, args, clock, needed):
     from p3_invert import Inversion, Recipe  # only now: it brings clip and torchvision
 
     recipe = Recipe(steps=args.train_steps, size=args.size, seed=args.seed, preview_every=0)
+    now, deadline = time.monotonic(), None
+    end = clock.deadline and now + max(clock.deadline - now - needed, 0.4 * (clock.deadline - now))
     for n, (concept, files) in enumerate(jobs):
         print(f"{concept.token} has no embedding for this model: training it on {len(files)} pictures now")
-        deadline = None
-        if clock.deadline is not None:
-            left = clock.deadline - time.monotonic()
-            deadline = time.monotonic() + max(left - needed, 0.4 * left) / (len(jobs) - n)
+        if end:
+            deadline = time.monotonic() + (end - time.monotonic()) / (len(jobs) - n)
         path = p3_model.embedding_path(out, concept.token)
         print(Inversion(model, tokens, concept, recipe, out / path.stem).run(files, path, deadline=deadline))
 
@@ -264,12 +247,12 @@ def arguments(argv):
     option("--scale", type=real(-100, 100), default=7.5, help="guidance scale (default: 7.5)")
     option("--fast", action="store_true", help="half the work a picture, at a small loss of quality")
     option("--batch-size", type=whole(), help="pictures at once (default: by free memory)")
-    option("--time-limit", type=real(positive=True), help="seconds for everything; --fast, then fewer steps keep it")
+    option("--time-limit", type=real(positive=True), help="seconds, not of --prompt; --fast, then fewer steps keep it")
     option("--train-missing", action="store_true", help="train absent embeddings from JSON's folder")
     option("--train-steps", type=whole(), default=400, help="of --train-missing, at most")
     option("--prompt", help="draw this prompt instead of the JSON's, into OUT/prompt.png")
     p3_model.add_model_options(parser)
-    add_device_options(parser)
+    utils.add_device_options(parser)
     return parser.parse_args(argv)
 
 
@@ -278,7 +261,7 @@ def main(argv=None):
     args = arguments(argv)
     concepts = read_concepts(args.json)
     prompts = [args.prompt] if args.prompt else [p for c in concepts for p in c.prompts]
-    out, dtype = pathlib.Path(args.out), pick_precision(args.precision, args.device)
+    out, dtype = pathlib.Path(args.out), utils.pick_precision(args.precision, args.device)
     model = p3_model.load_stable_diffusion(args.ckpt, args.device, dtype, args.config)
     args.size = args.size or p3_model.own_size(model)
     tokens, missing, weights = p3_model.learned_tokens(model), tokens_in(prompts, concepts), p3_model.weights_id(model)
@@ -287,7 +270,7 @@ def main(argv=None):
     for folder in (args.embeddings, pathlib.Path(args.json).parent / "embeddings", out / ".embeddings"):
         missing = p3_model.load_embeddings(tokens, folder, missing)
     jobs = sources_of(missing, concepts, pathlib.Path(args.json).parent, args)
-    output_folder(out)
+    utils.output_folder(out)
 
     batch = args.batch_size or p3_model.fitting_batch(model, args.size)
     settings = Settings(args.images, args.steps, args.scale, args.size, args.seed, str(dtype), weights, args.fast)
@@ -299,7 +282,7 @@ def main(argv=None):
     if jobs:
         clock.start(measured, batch)
         needed = clock.needs(len(prompts) * args.images, settings)
-        train_missing(model, tokens, jobs, output_folder(out / ".embeddings"), args, clock, needed)
+        train_missing(model, tokens, jobs, utils.output_folder(out / ".embeddings"), args, clock, needed)
     if args.prompt:
         sheet(model, args.prompt, settings, out, batch)
         print(f"wrote {args.images} pictures of {args.prompt!r} to {out / 'prompt.png'}")

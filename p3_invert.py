@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 import pathlib
 import re
 import time
@@ -98,7 +97,8 @@ def captions_of(concept, kind, files):
 class Examples(NamedTuple):
     """What a token is learned from. Moments are mean and deviation of the autoencoder's posterior, sampled anew each
     step: [N, 2, 4, h, w] of as many crops of each picture, picture by picture; `held`, one of each, is never trained
-    on. Captions are a list of texts for each picture, {} for the token."""
+    on (but of a square picture all crops are the whole: there only the noise is held back). Captions are a list of
+    texts for each picture, {} for the token."""
 
     moments: torch.Tensor
     held: torch.Tensor
@@ -162,7 +162,7 @@ def eps_loss(model, moments, t, prompts, draw):
 @torch.no_grad()
 def held_back_loss(model, moments, prompts, batch, seed=0, times=8):
     """Mean eps loss of held-back latents, each with its prompt, at `times` fixed times with fixed noise: comparable
-    between steps and runs."""
+    between steps, and between runs of one batch size."""
     grid = ((torch.arange(times) + 0.5) / times * model.num_timesteps).long()
     pairs = list(itertools.product(range(len(moments)), grid.tolist()))
     draw, total = torch.Generator().manual_seed(seed), 0.0
@@ -318,6 +318,8 @@ class Inversion:
         them.
         """
         saved, path, recipe = self.saved(), self.work / "scores.json", self.recipe
+        if not saved:
+            raise UserError(f"{self.work}: its steps are gone; remove it to start anew")
         if clip is None:
             loss, step, vectors = saved[0]
             return step, vectors, {"held_back_loss": loss}, "the lowest eps loss on held-back crops"
@@ -332,8 +334,7 @@ class Inversion:
                     continue
                 self.vectors.data.copy_(vectors)
                 known[name] = self.grade(clip, sources)
-                with utils.atomic(path) as temporary:
-                    temporary.write_text(json.dumps(known))
+                utils.save_json(known, path)
             image, text = known[name]
             if best is None or image + 2.5 * text > best[0]:
                 best = image + 2.5 * text, step, vectors, {"held_back_loss": loss, "image": image, "text": text}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import zipfile
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class Pictures:
             info = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
             self.subjects, self.vendors = [s["phrase"] for s in info["subjects"]], [v["name"] for v in info["vendors"]]
             self.splits = info["splits"]
-        except (OSError, KeyError, ValueError) as e:
+        except (OSError, LookupError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as e:
             raise UserError(f"{folder}: no emoji.npz and emoji.json of tools/make_emoji_dataset.py ({e})") from None
 
     def rows(self, split):

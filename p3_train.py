@@ -356,6 +356,13 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def fits(value, default):
+    """Whether --set may give a value in the place of the config's: of its kind, and positive (0 or null are none)."""
+    if isinstance(default, float):
+        return value is None or isinstance(value, (int, float)) and 0 <= value < math.inf
+    return type(value) is int and value > 0 if isinstance(default, int) else isinstance(value, list)
+
+
 def stage_args(args, training, name, begin):
     """The options for one stage, its part of the config among them; it has the rest of --max-time."""
     own = {"ema": None, "devices": 1, "num_nodes": 1, **training[name], "out": pathlib.Path(args.out) / name}
@@ -373,7 +380,11 @@ def main(argv=None):
     OmegaConf.set_struct(config, True)
     try:
         training = OmegaConf.to_container(OmegaConf.merge(config.training, OmegaConf.from_dotlist(args.set)))
-    except (OmegaConfBaseException, AttributeError) as e:
+        for entry in args.set:
+            stage, name = entry.split("=")[0].split(".")
+            if not fits(training[stage][name], config.training[stage][name]):
+                raise ValueError(f"{entry}: it is {config.training[stage][name]} there")
+    except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as e:
         raise UserError(f"--set: not of the `training` of {args.config} ({str(e).splitlines()[0]})") from None
     pictures, out = Pictures(args.data), utils.output_folder(args.out)
     for name, (result, train) in list(STAGES.items())[-1 if args.start else 0 :]:

@@ -21,9 +21,7 @@ from tqdm import tqdm
 import utils
 from digits import is_validation, read_csv, read_image
 from p4_model import HELD_BACK, SCENARIOS, load_digit_net, predict
-from utils import Parser, UserError, cli, whole
-
-CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
+from utils import CHECKPOINTS, Parser, UserError, cli, whole
 
 
 def scenario_of(folder):
@@ -84,6 +82,10 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.held_back and not args.gt:
         raise UserError("--held-back: of what? add --gt with a train.csv")
+    if args.held_back and pathlib.Path(args.gt).with_name("val.csv").is_file():
+        raise UserError(
+            f"{args.gt}: p4_train.py learns from all of it; give the val.csv beside it, without --held-back"
+        )
     return args
 
 

@@ -161,6 +161,7 @@ def load_digit_net(path):
     """(DigitNet in eval mode, float32; config) of a checkpoint of p4_train.py; raises UserError."""
     checkpoint = load_checkpoint(path)
     config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
-    if not isinstance(config, dict) or config.get("domain") not in (SOURCE, TARGET) or "state_dict" not in checkpoint:
+    domain = config.get("domain") if isinstance(config, dict) and "state_dict" in checkpoint else None
+    if type(domain) is not int or domain not in (SOURCE, TARGET):
         raise UserError(f"{path}: it is not a checkpoint of p4_train.py; name one, or train it")
     return load_weights(DigitNet(), checkpoint["state_dict"], path).eval(), config

@@ -34,8 +34,8 @@ import p4_losses
 from digits import load_digits
 from p4_augment import SOURCE_ZOOM, TARGET_ZOOM, augment
 from p4_model import HELD_BACK, SOURCE, TARGET, DigitNet, DomainClassifier, load_digit_net, run_batches
-from train_common import Batches, MovingAverage, add_training_options, fit, lightning_trainer, warmup_cosine
-from utils import Parser, UserError, cli, half, output_folder, real, save_checkpoint
+from train_common import Batches, MovingAverage, Training, add_training_options, fit, lightning_trainer
+from utils import Parser, UserError, cli, half, output_folder, real, save_checkpoint, to_float
 
 # --refine: the weights of its parts on the target and on the source (Mao et al. 2019, table 5, for MNIST to SVHN)
 PARTS = {"self-training": (1.0, 0.0), "entropy": (0.06, 0.0), "vat": (0.06, 1.0), "mixup": (0.06, 1.0)}
@@ -102,13 +102,8 @@ class Adaptation(pl.LightningModule):
         right = self.net(images, domain).argmax(1) == labels
         self.log("labelled_accuracy", right.float().mean(), sync_dist=True)
 
-    def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), self.args.lr, betas=(0.9, 0.99), weight_decay=0.01)
-        return warmup_cosine(optimizer, self.args.steps, self.args.warmup)
-
-
-def to_float(images):
-    return images.float() / 127.5 - 1
+    configure_optimizers = Training.configure_optimizers
+    on_save_checkpoint, on_load_checkpoint = Training.on_save_checkpoint, Training.on_load_checkpoint
 
 
 class Teacher(MovingAverage):
@@ -145,7 +140,12 @@ class Selection(pl.Callback):
             "labelled_accuracy": labelled_accuracy,
             "mutual_information": p4_losses.mutual_information(logits),
         }
-        metrics["score"] = metrics["target_accuracy"] if self.oracle else self.score(trainer, module, metrics)
+        scores = {
+            "source": labelled_accuracy,
+            "dann": p4_losses.label_free_score(labelled_accuracy, metrics["mutual_information"]),
+            "target": float(trainer.global_step),
+        }
+        metrics["score"] = metrics["target_accuracy"] if self.oracle else scores[module.config["mode"]]
         module.log_dict(metrics, rank_zero_only=True)
         self.seconds, self.since = self.seconds + time.time() - self.since, time.time()
         metrics.update(selection="oracle" if self.oracle else "no target labels", seconds=self.seconds)
@@ -155,13 +155,6 @@ class Selection(pl.Callback):
         if metrics["score"] >= self.best:
             self.best = metrics["score"]
             save_checkpoint(checkpoint, self.out / "best.pt")
-
-    def score(self, trainer, module, metrics):
-        return {
-            "source": metrics["labelled_accuracy"],
-            "dann": p4_losses.label_free_score(metrics["labelled_accuracy"], metrics["mutual_information"]),
-            "target": float(trainer.global_step),
-        }[module.config["mode"]]
 
     def state_dict(self):
         return {"best": self.best, "seconds": self.seconds}
@@ -204,7 +197,7 @@ def parse(argv):
     option("--start", metavar="CHECKPOINT", help="of --mode dann (default: runs/p4_{target}_dann/best.pt)")
     option("--oracle-selection", action="store_true", help="choose the epoch by target labels; for comparison only")
     add_training_options(parser, out="runs/p4_{target}_{mode}", steps=2000, batch_size=128, lr=1e-3, ema=0.999)
-    if "--refine" in argv:
+    if parser.parse_known_args(argv)[0].refine is not None:
         parser.set_defaults(**REFINED, out="runs/p4_{target}_refined")
     args = parser.parse_args(argv)
     if args.source == args.target:

@@ -8,16 +8,16 @@ scikit-learn.
 
 from __future__ import annotations
 
-import pathlib
 import sys
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import utils
 from digits import load_digits
 from p4_model import HELD_BACK, SCENARIOS, SOURCE, load_digit_net, run_batches
-from utils import Parser, UserError, add_device_options, atomic, cli, output_file, reuse_freed_memory, whole
+from utils import CHECKPOINTS, Parser, UserError, add_device_options, atomic, cli, output_file, whole
 
 TRAININGS = {"source": "source only", "refined": "adapted"}
 
@@ -61,9 +61,9 @@ def draw(panels, digits, domains, path):
 
 def parse(argv):
     parser = Parser(__doc__)
-    parser.add_argument("out", metavar="FILE")
+    parser.add_argument("out", type=output_file, metavar="FILE")
     parser.add_argument("--data", default="hw2_data/digits", help="folder with mnistm/, svhn/, usps/")
-    parser.add_argument("--checkpoints", default=str(pathlib.Path(__file__).resolve().parent / "checkpoints"))
+    parser.add_argument("--checkpoints", default=str(CHECKPOINTS))
     parser.add_argument("--count", type=whole(10), default=1000, help="images a domain (default: 1000)")
     add_device_options(parser)
     return parser.parse_args(argv)
@@ -76,7 +76,7 @@ def main(argv=None):
         from sklearn.manifold import TSNE
     except ModuleNotFoundError:
         raise UserError("t-SNE needs scikit-learn; `pip install scikit-learn`") from None
-    reuse_freed_memory()
+    utils.reuse_freed_memory()
     source, source_digits = read_domain(args.data, "mnistm", args.count)
     panels, digits, domains = {}, {}, {}
     with tqdm(total=2 * len(SCENARIOS), desc="t-SNE", unit="map") as bar:
@@ -91,7 +91,7 @@ def main(argv=None):
                 points = TSNE(perplexity=perplexity, random_state=args.seed).fit_transform(features)
                 panels[target][title] = points
                 bar.update()
-    draw(panels, digits, domains, output_file(args.out))
+    draw(panels, digits, domains, args.out)
     print(f"wrote {args.out}: {len(source)} images of MNIST-M and up to {args.count} of each target")
 
 

@@ -5,13 +5,13 @@ say() { printf '\n== %s\n' "$*"; }
 
 set_up() {
     local python stamp
-    if [ ! -x .venv/bin/python3 ]; then
+    if [ ! -x .venv/bin/pip ]; then
         for python in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10 none; do
             "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
         done
         [ "$python" != none ] || { echo "error: Python 3.10 or newer is needed; set PYTHON to one" >&2; return 2; }
         say "making .venv with $("$python" --version)"
-        "$python" -m venv .venv || { echo "error: no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; return 2; }
+        "$python" -m venv --clear .venv || { echo "error: no .venv (no venv module? on Debian and Ubuntu: apt install python3-venv)" >&2; return 2; }
     fi
     stamp=.venv/installed-$(cat "$@" | cksum | tr " " -)
     if [ ! -e "$stamp" ]; then

@@ -11,7 +11,7 @@ import warnings
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, Timer
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins import TorchCheckpointIO
 from torch.utils.data import DataLoader, Dataset
@@ -82,6 +82,14 @@ class Training(pl.LightningModule):
         self.model = model.train().to(memory_format=torch.channels_last)
         self.averages = MovingAverages(self.model, args.ema)
         self.config, self.args = config, args
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["config"] = self.config
+
+    def on_load_checkpoint(self, checkpoint):
+        if checkpoint.get("config", self.config) != self.config:
+            told = f"{self.args.out}/last.ckpt: of a training with other options ({checkpoint['config']})"
+            raise UserError(f"{told[:200]}; give the same, or another --out")
 
     def on_train_batch_end(self, *_):
         self.averages.update(self.model, self.trainer.global_step)
@@ -156,15 +164,25 @@ def warmup_cosine(optimizer, total_steps, warmup):
 
 
 class SeedEpochs(pl.Callback):
-    """Seeds every epoch and process from (seed, epoch, rank), so that a resumed training draws what an uninterrupted
-    one draws."""
+    """Seeds every epoch and process from (seed, epoch, rank), so that a training resumed at the end of an epoch draws
+    what an uninterrupted one draws; one that --max-time ended within an epoch draws afresh from there."""
 
     def __init__(self, seed):
         self.seed, self.began = seed, False
 
-    def on_train_epoch_start(self, trainer, module):
+    def on_train_start(self, trainer, module):
         self.began = True
-        torch.manual_seed(self.seed + 1000 * trainer.current_epoch + trainer.global_rank)
+        self.on_train_epoch_start(trainer, module, 10**6 * trainer.global_step)  # Lightning calls it for whole epochs
+
+    def on_train_epoch_start(self, trainer, module, more=0):
+        torch.manual_seed(self.seed + 1000 * trainer.current_epoch + trainer.global_rank + more)
+
+
+class Slot(Timer):
+    """Ends a training after --max-time, counted anew at every start: Lightning's own counts all starts together."""
+
+    def load_state_dict(self, state):
+        pass
 
 
 class MovingAverage(EMAWeightAveraging):
@@ -238,8 +256,11 @@ def lightning_trainer(args, callbacks):
     dtype = utils.training_precision(args.precision, device)
     if isinstance(args.ema, float) and not any(isinstance(c, MovingAverage) for c in callbacks):
         callbacks = [*callbacks, MovingAverage(args)]
+    if args.max_time:
+        callbacks = [*callbacks, Slot(args.max_time)]
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # so a run resumes
     warnings.filterwarnings("ignore", ".*does not have many workers")  # batches come from memory
+    warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")  # they are drawn afresh
     return pl.Trainer(
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
         devices=args.devices if device.index is None else [device.index],
@@ -247,7 +268,6 @@ def lightning_trainer(args, callbacks):
         precision={torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}[dtype],
         max_steps=args.steps,
         max_epochs=args.max_epochs or -1,
-        max_time=args.max_time,
         gradient_clip_val=1.0,
         logger=[CSVLogger(out, name="csv"), TensorBoardLogger(out, name="tensorboard")],
         plugins=[WholeCheckpoints()],

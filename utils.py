@@ -14,7 +14,6 @@ import json
 import math
 import os
 import pathlib
-import random
 import signal
 import sys
 
@@ -30,6 +29,7 @@ from ldm.checkpoint import Inert, atomic, is_finite, read_checkpoint  # noqa: E4
 from ldm.util import noise_stream  # noqa: E402, F401
 
 UserError = ModelError  # one kind of error: what the user can mend, told in one line
+CHECKPOINTS = pathlib.Path(__file__).resolve().parent / "checkpoints"
 
 
 def cli(main):
@@ -138,18 +138,12 @@ def add_device_options(parser, seed=0):
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
 
 
-# ------------------------------------------------------------------------ noise schedule and seeds
+# ------------------------------------------------------------------------ noise schedule
 
 
 def beta_scheduler(n_timestep=1000, linear_start=1e-4, linear_end=2e-2):
     """The course's schedule (DDPM, Ho et al. 2020, section 4): betas linear in t, float64 [n_timestep]."""
     return torch.linspace(linear_start, linear_end, n_timestep, dtype=torch.float64)
-
-
-def seed_everything(seed):
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 # ------------------------------------------------------------------------ device and precision

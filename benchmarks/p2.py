@@ -6,8 +6,8 @@
 
 All variants run the same weights on the same noises, each in a process of its own, so that its peak memory is its own:
 - "ours ...": p2_ddim.py's sampler as it is;
-- "plain fp32": the same network one picture at a time, in the default layout, with attention written out and nothing
-  in place, and DDIM from diffusion.py;
+- "plain fp32": the same network one picture at a time, in the default layout, attention and activations written
+  out, and DDIM from diffusion.py;
 - "diffusers fp32": its UNet2DModel, configured as google/ddpm-celebahq-256 with the paddings and epsilons of the
   course's network, with our weights renamed, and its DDIMScheduler.
 Differences are of the final pictures to those of "ours fp32": the greatest of x_0, in [-1, 1], and the mean squared

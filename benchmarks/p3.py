@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import pathlib
 import statistics
 import sys
@@ -198,15 +197,16 @@ def main(argv=None):
         if not ckpt.exists():
             print(f"writing {ckpt}", file=sys.stderr)
             write_checkpoint(ckpt, opt.tiny)
-        pairs = [(who, p) for p in precisions for who in opt.who or WHO]
+        peer = importlib.util.find_spec("diffusers")
+        pairs = [(who, p) for p in precisions for who in opt.who or WHO if who.startswith("ours") or opt.who or peer]
+        if ("ours", "fp32") not in pairs:
+            raise UserError("--who and --precision: ours in fp32 must be among them, to compare with")
         results = {}
         for who, precision in pairs:
             print(f"{who}, {precision}", file=sys.stderr)
             results[who, precision] = run_worker(opt, who, precision, ckpt)
-        if ("ours", "fp32") not in results:
-            raise UserError("--who and --precision: ours in fp32 must be among them, to compare with")
         size = ckpt.stat().st_size / 2**30
-    machine = table.describe_machine(pick_device(opt.device), opt.threads or os.cpu_count())
+    machine = table.describe_machine(pick_device(opt.device), opt.threads)
     lines = [
         f"{machine}; checkpoint {size:.2f} GiB, {opt.size}x{opt.size}",
         "",

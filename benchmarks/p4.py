@@ -17,14 +17,11 @@ import statistics
 import subprocess
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
-from table import add_out_option, describe_machine, save_table
+from table import ROOT, add_out_option, describe_machine, save_table
 
 from p4_losses import label_free_score
 from utils import SEED, Parser, UserError, cli, load_checkpoint, output_folder, pick_device
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 TARGETS = {"svhn": "MNIST-M to SVHN", "usps": "MNIST-M to USPS"}
 PLAIN = " without augmentation"
 MODES = {  # name: (title, options of p4_train.py); what --refine starts from is "dann", or "dann-plain" if plain

@@ -18,6 +18,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "stable-diffusion")]
 
 import torch  # noqa: E402
 
+from utils import UserError, output_file  # noqa: E402
+
 
 def describe_machine(device, threads=None):
     """Date, GPU or CPU with its threads, and torch's version; `device` a torch.device, `threads` torch's by default."""
@@ -46,8 +48,6 @@ def peak_memory(device):
 def in_own_process(script, *arguments):
     """What the script says in its last line, JSON, when it runs with these arguments, so that its peak memory is its
     own."""
-    from utils import UserError
-
     done = subprocess.run([sys.executable, script, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(map(str, arguments[:4]))}: failed with exit code {done.returncode}, see above")
@@ -55,7 +55,8 @@ def in_own_process(script, *arguments):
 
 
 def add_out_option(parser):
-    parser.add_argument("--out", nargs="+", default=[], metavar="FILE", help="also write the table there: .md or .json")
+    told = "also write the table there: .md or .json"
+    parser.add_argument("--out", nargs="+", type=output_file, default=[], metavar="FILE", help=told)
 
 
 def save_table(lines, paths):

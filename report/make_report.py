@@ -130,7 +130,8 @@ def main(argv=None):
     parser.add_argument("--classifier", type=path, help="the course's Classifier.pth (default: ours)")
     parser.add_argument("--emoji", type=path, default=ROOT / "runs/emoji", help="of tools/make_emoji_dataset.py")
     parser.add_argument("--ckpt", type=path, help="sd-v1-4.ckpt, its tokens in embeddings/ (default: ours)")
-    parser.add_argument("--clip", help="ViT-B/32 or its file, for zero-shot (default: the small CLIP)")
+    clip = {"type": lambda text: path(text) if pathlib.Path(text).is_file() else text}
+    parser.add_argument("--clip", **clip, help="ViT-B/32 or its file, for zero-shot (default: the small CLIP)")
     args = parser.parse_args(argv)
     try:
         import typst

@@ -54,15 +54,13 @@ class Folder:
         path = self.path / path
         if not path.is_file():
             return None
-        inside = path.resolve().relative_to(self.path.resolve()) if self.holds(path) else None
+        here, full = self.path.resolve(), path.resolve()
+        inside = full.relative_to(here) if here in full.parents else None
         if inside is None:
-            inside = pathlib.Path("page", f"{path.resolve().parent.name}_{path.name}")
+            inside = pathlib.Path("page", f"{full.parent.name}_{path.name}")
             output_folder(self.path / "page")
             shutil.copyfile(path, self.path / inside)
         return urllib.parse.quote(str(inside))
-
-    def holds(self, path):
-        return self.path.resolve() in path.resolve().parents
 
     def pictures(self, name):
         folder = self.path / name
@@ -205,9 +203,10 @@ def trainings(runs):
     for path in sorted(pathlib.Path(runs).glob("**/csv/version_*/metrics.csv")):
         try:
             table = pd.read_csv(path)
-        except (ValueError, pd.errors.ParserError) as e:
+            losses = table.filter(like="loss").astype(float)
+        except ValueError as e:
             raise UserError(f"{path}: not a csv of numbers ({e}); remove it, or the run's folder") from None
-        if "step" in table and any("loss" in column for column in table):
+        if "step" in table and len(losses.columns):
             tables.setdefault(str(path.parents[2].relative_to(runs)), []).append(table)
     return {name: loss_curves(name, pd.concat(parts).sort_values("step")) for name, parts in tables.items()}
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zlib
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -70,6 +71,8 @@ p1_infer.py | IN/text/out | text/out: cannot write there
 p1_infer.py | --grid IN/text/grid.png | text: cannot write there
 p1_infer.py | --trajectory IN | in: is a folder
 p2_ddim.py | IN/noise OUT | give NOISE_DIR OUT UNET_PT
+p2_ddim.py | --make-noise '' | give NOISE_DIR OUT UNET_PT
+p2_ddim.py | IN/sizes OUT SHIPPED/p2_faces.pt --eta-grid OUT/eta.png | 00 01 are of sides [32, 64]; a sheet needs noises
 p2_ddim.py | IN/noise OUT SHIPPED/p2_faces.pt --steps 0 | argument --steps: take a whole number, 1 to 500
 p2_ddim.py | IN/noise OUT SHIPPED/p2_faces.pt --steps 300 | argument --steps: take a divisor of 1000, not 300
 p2_ddim.py | IN/noise OUT SHIPPED/p2_faces.pt --steps 1000 | argument --steps:
@@ -148,6 +151,9 @@ p3_clip_zeroshot.py | --data TINY/clip_zeroshot --out OUT --device meta | argume
 p3_clip_zeroshot.py | --data TINY/clip_zeroshot --out OUT --prompt photo | --prompt: needs {object}
 p3_clip_zeroshot.py | --data TINY/clip_zeroshot --out OUT --model IN/text | text:
 p3_clip_zeroshot.py | --data TINY/clip_zeroshot --out OUT --model IN/list.pt | list.pt:
+p3_clip_zeroshot.py | --data TINY/clip_zeroshot --out OUT --model IN/p1_state_is_list.pt | is_list.pt: not the weights
+p3_clip_zeroshot.py | --data TINY/clip_zeroshot --out OUT --model IN/numbered.pt | numbered.pt: not the weights of a CLIP
+p3_clip_zeroshot.py | --data TINY/clip_zeroshot --out OUT --model IN/hub_list | hub_list: not the weights of a CLIP
 p3_clip_zeroshot.py | --data TINY/clip_zeroshot --out OUT --model IN/hub | config.json: not JSON
 p3_clip_zeroshot.py | --data IN/none --out OUT | id2label.json: no such file
 p3_clip_zeroshot.py | --data IN/zero_deep --out OUT | id2label.json: not JSON
@@ -290,6 +296,13 @@ p3_train.py | --out OUT --epoch-steps 0 | argument --epoch-steps:
 p3_train.py | --out OUT --max-time 5 | argument --max-time: take DD:HH:MM:SS
 p3_train.py | --out OUT --seed -1 | argument --seed:
 p3_train.py | --out OUT --config IN/none.yaml | none.yaml: no such config
+p3_train.py | --out OUT --set autoencoder.steps=0 | --set: not of the `training`
+p3_train.py | --out OUT --set autoencoder.steps=1e4 | (autoencoder.steps=1e4: it is 6000 there)
+p3_train.py | --out OUT --set autoencoder | --set: not of the `training`
+p3_train.py | --out OUT --set judge=3 | --set: not of the `training`
+p3_train.py | --out OUT --set diffusion.lr=fast | --set: not of the `training`
+p3_train.py | --out OUT --set judge.vision_layers=3 | --set: not of the `training`
+p3_train.py | --out OUT --data IN/emoji_cut | emoji_cut: no emoji.npz and emoji.json
 p3_train.py | --out OUT --data IN/none | none: no emoji.npz and emoji.json
 tools/make_digits.py | OUT --seed -1 | argument --seed:
 benchmarks/p1.py | --only euler 1 1 0-1 | --only: take SAMPLER STEPS GUIDANCE FROM-TO
@@ -381,6 +394,15 @@ def bad_files(tmp_path_factory):
     torch.save(noise_stream(0, [0], (3, 32, 32))(), files / "noise/00.pt")
     torch.save(torch.zeros(3, 48, 48), files / "bad_noise/00.pt")
     (files / "hub/config.json").write_text("[" * 100_000)
+    for name in ("sizes", "hub_list", "emoji_cut"):
+        (files / name).mkdir()
+    for i in range(2):
+        torch.save(noise_stream(0, [i], (3, 32 + 32 * i, 32 + 32 * i))(), files / f"sizes/0{i}.pt")
+    (files / "hub_list/config.json").write_text("{}")
+    torch.save([1, 2], files / "hub_list/pytorch_model.bin")
+    torch.save({1: torch.zeros(2)}, files / "numbered.pt")
+    np.savez(files / "emoji_cut/emoji.npz", images=np.zeros(9))
+    (files / "emoji_cut/emoji.npz").write_bytes((files / "emoji_cut/emoji.npz").read_bytes()[:100])
     Image.new("RGB", (29, 28)).save(files / "svhn_large/0_0.png")
     for i in range(60):
         Image.effect_noise((32, 32), 60).save(files / f"photos/{i:02}.png")

@@ -12,11 +12,9 @@ from diffusion import (
     dpm_solver_pp,
     eps_from_v,
     guided,
-    lerp,
     q_sample,
     run,
     schedule,
-    slerp,
     time_shares,
     timesteps,
     training_loss,
@@ -154,20 +152,6 @@ def test_ancestral_sampling_gives_the_data_back(name, variance):
     assert x.std() == pytest.approx(STD, rel=0.03)
 
 
-def test_ddim_with_eta_1_and_all_steps_is_ancestral_sampling_in_distribution():
-    x_T = noise(20_000)
-
-    def draw(seed):
-        g = torch.Generator().manual_seed(seed)
-        return lambda: torch.randn(x_T.shape, generator=g, dtype=torch.float64)
-
-    model, times = gaussian_eps(ALPHA_BAR), timesteps(1000, 1000)
-    a = run(ddim(model, x_T, ALPHA_BAR, times, 1.0, draw(1), clip=False))
-    b = run(ddpm(model, x_T, ALPHA_BAR, times, draw(1), clip=False))
-    assert (a - b).abs().max() < 1e-8  # with the same noises even path by path
-    assert a.mean() == pytest.approx(MU, abs=0.01) and a.std() == pytest.approx(STD, rel=0.03)
-
-
 @pytest.mark.parametrize("sampler, order", [(ddim, 1), (dpm_solver_pp, 2)])
 def test_deterministic_samplers_converge_at_their_order(sampler, order):
     """The error against the exact flow, from time T-1 to time 99, falls like steps^-order."""
@@ -248,29 +232,6 @@ def test_v_prediction_and_eps_prediction_are_the_same_model():
         a, s = alpha_sigma(ALPHA_BAR, t)
         recovered = eps_from_v(lambda x, t: a * eps - s * x_0, ALPHA_BAR)(a * x_0 + s * eps, t)  # noqa: B023
         assert torch.allclose(recovered, eps, atol=1e-5)
-
-
-# ------------------------------------------------------------------------ interpolation
-
-
-def test_slerp_gives_the_ends_exactly_and_keeps_the_norm():
-    a, b = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).unbind()
-    b = b * a.norm() / b.norm()
-    assert torch.equal(slerp(a, b, 0), a) and torch.equal(slerp(a, b, 1.0), b)
-    for alpha in (0.1, 0.5, 0.9):
-        assert slerp(a, b, alpha).norm() == pytest.approx(float(a.norm()), rel=1e-5)
-
-
-def test_slerp_of_parallel_vectors_is_linear():
-    a = torch.randn(3, 8, 8)
-    for b in (a, 2 * a, -a):
-        assert torch.allclose(slerp(a, b, 0.3), lerp(a, b, 0.3), atol=1e-6)
-
-
-def test_the_middle_of_two_noises_is_too_short_by_a_factor_of_0_71():
-    a, b = torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(0)).unbind()
-    assert lerp(a, b, 0.5).norm() / a.norm() == pytest.approx(math.sqrt(0.5), abs=0.01)
-    assert slerp(a, b, 0.5).norm() / a.norm() == pytest.approx(1.0, abs=0.01)
 
 
 # ------------------------------------------------------------------------ against diffusers

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import zipfile
 
 import pytest
 from conftest import ROOT
@@ -73,3 +74,33 @@ def test_what_has_another_sum_is_not_kept(script, server):
     done = script(server)
     assert done.returncode == 2 and "its sha256 differs" in done.stderr
     assert files(script.here / "checkpoints") == ["SHA256SUMS"]
+
+
+GDOWN = """#!/bin/sh
+cp "$HW2_ZIP" "$3"
+"""
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["whole", "damaged"])
+def test_the_course_s_data_is_there_whole_or_asked_for_again(tmp_path, damaged):
+    """get_dataset.sh, with the course's drive in a file."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "gdown").write_text(GDOWN)
+    (tools / "gdown").chmod(0o755)
+    with zipfile.ZipFile(tmp_path / "course.zip", "w") as z:
+        for name in ("digits/svhn/train.csv", "face/noise/00.pt"):
+            z.writestr(f"hw2_data/{name}", name)
+    if damaged:
+        (tmp_path / "course.zip").write_bytes((tmp_path / "course.zip").read_bytes()[:-30])
+    shutil.copy(ROOT / "get_dataset.sh", tmp_path)
+    (tmp_path / "hw2_data/face").mkdir(parents=True)
+    (tmp_path / "hw2_data/face/mine.png").touch()
+    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "HW2_ZIP": str(tmp_path / "course.zip")}
+    for _ in range(2):  # the second time it has nothing to do, or as much to do
+        done = subprocess.run(["bash", tmp_path / "get_dataset.sh"], capture_output=True, text=True, env=env)
+        assert done.returncode == 2 * damaged
+        assert ("cannot be unpacked" in done.stderr) == damaged == (not (tmp_path / "hw2_data/digits").is_dir())
+    assert files(tmp_path / "hw2_data/face") == ["mine.png"] + ["noise"] * (not damaged)
+    assert damaged or (tmp_path / "hw2_data/digits/svhn/train.csv").read_text() == "digits/svhn/train.csv"
+    assert files(tmp_path) == ["course.zip", "get_dataset.sh", "hw2_data", "tools"]

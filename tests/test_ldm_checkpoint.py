@@ -185,10 +185,15 @@ def write(path, pickled, records=(), compression=zipfile.ZIP_STORED):
     return path
 
 
+def stored(key, numel=1):
+    """Instructions that make a float storage whose record has the name `key`, instructions as well."""
+    return b"(X\7\0\0\0storagectorch\nFloatStorage\n" + key + b"X\3\0\0\0cpuJ" + numel.to_bytes(4, "little") + b"tQ"
+
+
 def tensor(numel, shape, stride, offset=0):
     """Instructions that make a float tensor of record 0, said to have `numel` numbers."""
     sizes = b"".join(b"(" + b"".join(b"\x8a\x08" + n.to_bytes(8, "little") for n in x) + b"t" for x in (shape, stride))
-    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuJ" + numel.to_bytes(4, "little") + b"tQ"
+    storage = stored(b"X\1\0\0\x000", numel)
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K" + bytes([offset]) + sizes + b"\x89}tR"
 
 
@@ -262,11 +267,17 @@ def nested(n, begin, end):
     return begin * n + b"K\1" + end * n
 
 
-NESTED_KEY = b"\x80\x02}" + nested(100_000, b"", b"\x85") + b"K\1s."
+DEEP = nested(150_000, b"", b"\x85")
+NESTED_KEY = b"\x80\x02}" + DEEP + b"K\1s."
+DOUBLED = b"K\1" + b"".join(b"q%c0h%ch%c\x86" % (i, i, i) for i in range(40))  # of 2**40 parts
 LAUGHS = b"](K\1K\1e" + b"".join(b"q%c](h%ch%ce" % (i, i, i) for i in range(40))
 COLLIDING = b"(" + b"".join(b"\x8a\x0b" + (i * (2**61 - 1)).to_bytes(11, "little") + b"N" for i in range(1000)) + b"u"
 HOSTILE_PICKLES = {
     "a tuple of tuples as a key": (NESTED_KEY, "key"),
+    "a tuple of tuples as a storage's name": (one(stored(DEEP)), "name"),
+    "pairs of pairs as a storage's name": (one(stored(DOUBLED)), "name"),
+    "a name that torch would import": (one(b"ctorch\n_inductor\n"), "would run"),
+    "a name without end": (one(b"cldm\n" + b"a" * 1000 + b"\n"), "would run"),
     "deep lists": (one(nested(1000, b"]", b"a")), "nested"),
     "lists of lists, twice each": (one(LAUGHS), "nested"),
     "keys of one hash": (b"\x80\x02}" + COLLIDING + b".", "key"),

@@ -77,9 +77,12 @@ def test_samplers_visit_the_times_that_they_say():
     assert seen == [1 + 20 * i for i in reversed(range(50))]
 
 
-@pytest.mark.parametrize("steps", [7, 30, 999])
-def test_ddim_makes_the_steps_that_were_asked_for(steps):
-    assert len(list(ddim(lambda x, t: torch.zeros_like(x), torch.zeros(1, 1, 1, 1), ABAR, steps))) == steps
+@pytest.mark.parametrize("steps", [7, 30, 300, 600, 999])
+def test_ddim_makes_the_steps_that_were_asked_for_over_all_times(steps):
+    seen = []
+    list(ddim(lambda x, t: seen.append(t) or torch.zeros_like(x), torch.zeros(1, 1, 1, 1), ABAR, steps))
+    assert len(seen) == steps and seen[-1] == 1 and seen[0] > 999 - 1000 / steps
+    assert len(set(seen)) == steps and seen == sorted(seen, reverse=True)
 
 
 def test_steps_out_of_range_are_refused():

@@ -266,6 +266,7 @@ MISTAKES = [
     (["--H", "100"], "multiples of 64"),
     (["--ckpt", "none.ckpt"], "none.ckpt"),
     (["--ddim_steps", "0"], "ddim_steps"),
+    (["--ddim_steps", "1000", "--sampler", "ddim"], "ddim_steps"),
     (["--from-file", "no.txt"], "no.txt"),
     (["--config", "no.yaml"], "no.yaml"),
     (["--embedding_path", "no.pt"], "no.pt"),

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, script
 from PIL import Image
 from test_digits import write_domain
-from test_utils import Hostile
+from test_ldm_checkpoint import Runs
 
 from classifiers import LeNet, load_classifier, predict
 from p1_model import NO_DIGIT, DigitUNet, load_digit_unet
@@ -124,7 +124,7 @@ def test_grids_and_trajectory_are_written(checkpoint, tmp_path):
 def test_bad_checkpoints_are_one_line_and_exit_code_2(checkpoint, tmp_path):
     whole = checkpoint.read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    torch.save({"state_dict": {}, "config": Hostile(os.system, "touch pwned")}, tmp_path / "evil.pt")
+    torch.save({"state_dict": {}, "config": Runs(os.system, "touch pwned")}, tmp_path / "evil.pt")
     torch.save({"state_dict": LeNet().state_dict()}, tmp_path / "other.pt")
     damaged = load_checkpoint(checkpoint)
     del damaged["state_dict"]["stem.weight"]
@@ -234,6 +234,16 @@ def test_a_short_training_lowers_the_loss_of_both_domains(tiny, tmp_path):
     assert saved["metrics"]["val_loss"] == pytest.approx(lowest, rel=1e-5)
     script("p1_infer.py", tmp_path / "out", "--checkpoint", tmp_path / "best.pt", "--num-per-digit", 1, "--steps", 2)
     assert len(read(tmp_path / "out")) == 20
+
+
+def test_a_few_step_network_is_not_trained_as_a_whole_one(tiny, tmp_path):
+    pytest.importorskip("pytorch_lightning")
+    import p1_train
+
+    with pytest.raises(SystemExit):
+        options = *tiny, "--start", ROOT / "checkpoints/p1_student.pt", "--out", tmp_path / "run"
+        p1_train.main(list(map(str, options)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_training_goes_on_from_a_checkpoint_and_its_config(checkpoint, tiny, tmp_path):

@@ -179,7 +179,7 @@ def test_times_that_no_teacher_passes_in_this_order_are_refused(times, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("steps", [[], [499, 999], [1000, 3], ["999"], "999", [999, 999]])
+@pytest.mark.parametrize("steps", [[], [499, 999], [1000, 3], ["999"], "999", [999, 999], [999, torch.tensor([1, 2])]])
 def test_a_checkpoint_with_impossible_steps_is_refused(steps, checkpoint, tmp_path):
     content = load_checkpoint(checkpoint)
     content["config"]["steps"] = steps

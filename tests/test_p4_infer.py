@@ -119,6 +119,10 @@ def test_held_back_counts_only_what_training_never_sees(work, tmp_path, capsys):
     infer(work / "svhn/data", tmp_path / "again.csv", "--gt", tmp_path / "gt.csv", "--held-back")
     assert 1 < len(kept) < len(lines) - 1
     assert f"({len(kept) - 1}/{len(kept)})" in capsys.readouterr().out
+    (tmp_path / "val.csv").touch()  # then p4_train.py learns from all of the csv beside it
+    with pytest.raises(SystemExit):
+        infer(work / "svhn/data", tmp_path / "again.csv", "--gt", tmp_path / "gt.csv", "--held-back")
+    assert "give the val.csv beside it" in capsys.readouterr().err
 
 
 def test_hw2_4_sh_takes_a_folder_and_a_csv(work, tmp_path):

@@ -138,6 +138,8 @@ def test_a_checkpoint_is_small_and_comes_back(tmp_path):
         ({"state_dict": {}}, "not a checkpoint of p4_train.py"),
         ({"state_dict": {}, "config": {"channels": 64}}, "not a checkpoint of p4_train.py"),
         ([1, 2], "not a checkpoint of p4_train.py"),
+        ({"state_dict": {}, "config": {"domain": True}}, "not a checkpoint of p4_train.py"),
+        ({"state_dict": {}, "config": {"domain": torch.tensor([0, 1])}}, "not a checkpoint of p4_train.py"),
         ({"state_dict": {}, "config": {"domain": 1}}, "lacks the key"),
         (
             {"state_dict": {**DigitNet().state_dict(), "labels.3.bias": torch.zeros(3)}, "config": {"domain": 1}},

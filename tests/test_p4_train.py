@@ -259,6 +259,7 @@ def test_views_are_not_mirrored():
         (["--mode", "source", "--refine"], "--refine works on top of --mode dann"),
         (["--start", "net.pt"], "--start net.pt: add --refine"),
         (["--refine", "--start", "/nowhere/net.pt"], "/nowhere/net.pt: no such"),
+        (["--refine=entropy", "--start", "/nowhere/net.pt"], "/nowhere/net.pt: no such"),
         (["--data", "/nowhere"], "/nowhere/mnistm/train.csv: not found"),
         (["--steps", 7, "--epoch-steps", 3], "--steps 7: take a multiple"),
     ],

@@ -20,7 +20,7 @@ import digit_classifier
 import p3_clip_zeroshot
 from classifiers import LeNet
 from p3_concepts import read_concepts
-from utils import save_json
+from utils import UserError, save_json
 
 pytest.importorskip("jinja2")
 
@@ -175,6 +175,14 @@ def test_a_damaged_json_is_one_line(tmp_path, capsys, text, complaint):
     told = capsys.readouterr().err
     assert end.value.code == 2 and complaint in told and len(told.splitlines()) == 1
     assert not (tmp_path / "index.html").exists()
+
+
+def test_a_training_s_csv_with_words_in_it_is_one_line(tmp_path):
+    folder = tmp_path / "runs/p1/csv/version_0"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("step,train_loss\n1,much\n")
+    with pytest.raises(UserError, match="metrics.csv: not a csv of numbers"):
+        page.trainings(tmp_path / "runs")
 
 
 # ------------------------------------------------------------------------ in a browser

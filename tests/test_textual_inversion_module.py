@@ -4,9 +4,10 @@ import copy
 import os
 
 import ldm_tiny
+import numpy as np
 import pytest
 import torch
-from ldm.modules.textual_inversion import LearnedTokens, read_embeddings
+from ldm.modules.textual_inversion import HEADER, LearnedTokens, read_embeddings
 from ldm.util import ModelError
 
 from p3_invert import initial
@@ -296,6 +297,7 @@ def test_an_embedding_of_another_text_encoder_is_warned_of(fresh, tmp_path):
         ("*", torch.zeros(1, 32), "word of the vocabulary"),
         ("two words", torch.zeros(1, 32), "one word"),
         ("", torch.zeros(1, 32), "one word"),
+        ("<new\ud800>", torch.zeros(1, 32), "one word"),
         ("<|endoftext|>", torch.zeros(1, 32), "word of the vocabulary"),
     ],
 )
@@ -334,6 +336,23 @@ def test_files_that_hold_no_embedding_are_refused(fresh, tmp_path):
     with pytest.raises(ModelError, match="cannot all be <new1>"):
         tokens.load(tmp_path / "two.pt", token="<new1>")
     assert not tokens.tokens
+
+
+@pytest.mark.parametrize("header", ["not json", "5", "null", '"init_word"', "[" * 100_000])
+def test_a_damaged_header_is_told(fresh, tmp_path, header):
+    safetensors = pytest.importorskip("safetensors.torch")
+    _, tokens = fresh()
+    safetensors.save_file({"<new1>": torch.zeros(1, 32)}, tmp_path / "odd.safetensors", {HEADER: header})
+    with pytest.raises(ModelError, match="odd.safetensors: its header is damaged"):
+        tokens.load(tmp_path / "odd.safetensors")
+
+
+def test_what_a_pt_file_tells_in_numpy_s_numbers_is_left_out(fresh, tmp_path):
+    _, tokens = fresh()
+    torch.save({"<new1>": torch.ones(1, 32), "step": np.int64(3), "init_word": "dog"}, tmp_path / "a.pt")
+    tokens.load(tmp_path / "a.pt")
+    tokens.save(tmp_path / "b.safetensors")
+    assert read_embeddings(tmp_path / "b.safetensors")[1]["init_word"] == "dog"
 
 
 def test_detaching_ends_the_patch(fresh):

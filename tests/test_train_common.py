@@ -1,14 +1,18 @@
 """train_common.py: what a training leaves on the disk."""
 
 import argparse
+import datetime
 import os
+import time
 
 import pytest
 import torch
 
 pytest.importorskip("pytorch_lightning")
 
-from train_common import MovingAverage, SaveBest, WholeCheckpoints  # noqa: E402
+import pytorch_lightning as pl  # noqa: E402
+
+from train_common import Batches, MovingAverage, SaveBest, Training, WholeCheckpoints, fit, lightning_trainer  # noqa: E402
 from utils import UserError  # noqa: E402
 
 
@@ -76,3 +80,57 @@ def test_the_moving_average_is_that_of_torch_after_the_warmup_and_the_weights_be
         average.on_train_batch_end(argparse.Namespace(global_step=step), module, None, None, 0)
         averaged = average._average_model.module
         assert torch.allclose(torch.cat([averaged.weight, averaged.running_mean]), expected, atol=1e-6)
+
+
+class Drawing(pl.LightningModule):
+    """Keeps what its steps draw; step `fails_at` fails as a GPU without memory does."""
+
+    def __init__(self, fails_at=None):
+        super().__init__()
+        self.weight, self.drawn, self.fails_at = torch.nn.Parameter(torch.zeros(())), [], fails_at
+
+    def training_step(self, batch, _):
+        time.sleep(0.02)
+        self.drawn.append(torch.rand(()).item())
+        if self.global_step == self.fails_at:
+            raise RuntimeError("out of memory")
+        return self.weight * 0
+
+    def validation_step(self, batch, _):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def train_for(tmp_path, seconds, fails_at=None):
+    """(what was drawn, the last step) of a training of 400 steps within epochs of 200."""
+    args = argparse.Namespace(out=tmp_path, steps=400, epoch_steps=200, batch_size=1, devices=1, num_nodes=1, seed=0)
+    args.device, args.precision, args.ema, args.warmup, args.max_epochs = torch.device("cpu"), "fp32", 0.9, 0, None
+    args.max_time = datetime.timedelta(seconds=seconds)
+    module = Drawing(fails_at)
+    trainer = lightning_trainer(args, [])
+    fit(args, trainer, module, Batches(1, lambda rows: rows), Batches(1, lambda rows: rows))
+    return module.drawn, trainer.global_step
+
+
+def test_every_start_has_the_whole_of_max_time_and_draws_afresh_within_an_epoch(tmp_path):
+    first, step = train_for(tmp_path, 0.5)
+    second, later = train_for(tmp_path, 0.5)
+    assert 2 < step < 100 and later >= step + 2
+    assert not set(first) & set(second)
+
+
+def test_what_goes_wrong_within_a_resumed_epoch_is_not_blamed_on_the_checkpoint(tmp_path):
+    _, step = train_for(tmp_path, 0.3)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train_for(tmp_path, 60, fails_at=step + 1)
+
+
+def test_a_training_is_not_resumed_with_another_config(tmp_path):
+    args = argparse.Namespace(ema=[0.9], out=tmp_path)
+    checkpoint = {}
+    Training(torch.nn.Linear(1, 1), {"objective": "v", "log_sigma": [-0.5, 1.3]}, args).on_save_checkpoint(checkpoint)
+    Training(torch.nn.Linear(1, 1), {"objective": "v", "log_sigma": [-0.5, 1.3]}, args).on_load_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="last.ckpt: of a training with other options"):
+        Training(torch.nn.Linear(1, 1), {"objective": "eps"}, args).on_load_checkpoint(checkpoint)

@@ -14,13 +14,14 @@ train_32x32.mat, usps.bz2 and usps.t.bz2, and anywhere under it the *.jpg of BSD
 
 from __future__ import annotations
 
+import http.client
 import os
 import pathlib
 import shutil
 import sys
-import urllib.error
 import urllib.request
 import zipfile
+import zlib
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -54,7 +55,7 @@ def fetch(url, path):
                 for block in iter(lambda: answer.read(1 << 20), b""):
                     f.write(block)
                     bar.update(len(block))
-    except (OSError, urllib.error.URLError) as e:
+    except (OSError, http.client.HTTPException) as e:
         raise UserError(f"{url}: cannot be fetched ({e}); try again, or give its files with --source DIR") from None
     if total and part.stat().st_size != total:
         raise UserError(f"{url}: stopped at {part.stat().st_size} of {total} bytes; run this again to go on")
@@ -95,7 +96,7 @@ def unpack_photographs(archive, folder):
             for name in z.namelist():
                 if "/images/" in name and name.endswith(".jpg"):
                     (temporary / pathlib.PurePosixPath(name).name).write_bytes(z.read(name))
-    except (zipfile.BadZipFile, EOFError) as e:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
         raise UserError(f"{archive}: a damaged archive ({e}); remove it and run this again") from None
     os.replace(temporary, folder)
 

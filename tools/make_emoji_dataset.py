@@ -34,6 +34,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -41,7 +42,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from utils import Parser, UserError, atomic, cli, output_folder, save_png  # noqa: E402
+from utils import Parser, UserError, atomic, cli, output_folder, save_json, save_png  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 SIZE = 64
@@ -102,7 +103,7 @@ def read_package(path):
                 if member.isfile() and member.name in ("package/icons.json", "package/info.json"):
                     found[member.name[8:-5]] = json.load(tar.extractfile(member))
         return found["icons"], found["info"]
-    except (tarfile.TarError, EOFError, OSError, ValueError, KeyError) as e:
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, KeyError) as e:
         raise UserError(f"{path}: not a readable package of Iconify ({e!r}); remove it and run this again") from None
 
 
@@ -171,13 +172,8 @@ def write_dataset(dest, subjects, pictures, vendors):
     with atomic(dest / "emoji.npz") as temporary, open(temporary, "wb") as f:
         np.savez_compressed(f, images=np.array(images), subject=subject, vendor=vendor, split=split)
     named = [{"code": code, "phrase": phrase} for code, phrase in subjects.items()]
-    write_json(dest / "emoji.json", {"caption": CAPTION, "splits": SPLITS, "vendors": vendors, "subjects": named})
+    save_json({"caption": CAPTION, "splits": SPLITS, "vendors": vendors, "subjects": named}, dest / "emoji.json")
     return vendor, split
-
-
-def write_json(path, content):
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def write_attribution(folder, vendors, rows=()):
@@ -210,7 +206,7 @@ def write_concepts(folder, subjects, pictures, vendors):
             said = ("a {}", vendor) if key == "0" else (subjects[code][0], "{}")
             captions[key][name] = CAPTION.format(subject=said[0], vendor=said[1])
             rows.append(f"| {key}/{name} | {subjects[code][0]} | {vendor} |")
-    write_json(folder / "captions.json", captions)
+    save_json(captions, folder / "captions.json")
     write_attribution(folder, vendors, [*rows, ""])
 
 

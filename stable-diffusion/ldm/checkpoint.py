@@ -168,6 +168,8 @@ class _Reader:
 
     def storage(self, kind, storage_class, key, device, numel, *_):
         """(key, a record as a tensor [numel]); its size is checked."""
+        if type(key) is not str:  # to hash anything else may crash, or take forever
+            raise Refusal("it has a storage whose name is no text")
         dtype = _DTYPES[storage_class.name]
         if (key, dtype) not in self.flats:
             data = self.bytes(f"data/{key}")
@@ -224,8 +226,8 @@ def _records(file):
 
 def _named(name):
     """A torch.dtype, or a stand-in that is no more than the name."""
-    dtype = getattr(torch, name[len("torch.") :], None) if name.startswith("torch.") else None
-    if not isinstance(dtype, torch.dtype) and not _NAMES.fullmatch(name):
+    dtype = vars(torch).get(name[len("torch.") :]) if name.startswith("torch.") else None  # getattr may import
+    if len(name) > 200 or not isinstance(dtype, torch.dtype) and not _NAMES.fullmatch(name):
         raise Refusal(f"it would run code ({name[:80]})")
     return dtype if isinstance(dtype, torch.dtype) else Inert(name)
 

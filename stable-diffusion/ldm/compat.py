@@ -91,8 +91,8 @@ class ImageToImage:
         from ldm.models.diffusion import ddim
 
         steps, eps_model = len(self.ddim_timesteps), guided(self.model, cond, **guidance)
-        *_, (_, x, _) = ddim.ddim(eps_model, x_latent, self.model.alphas_cumprod, steps, self.eta, last=t_start)
-        return x
+        way = ddim.ddim(eps_model, x_latent, self.model.alphas_cumprod, steps, self.eta, last=t_start)
+        return [x_latent, *(x for _, x, _ in way)][-1]
 
 
 class NoiseScheduleVP:

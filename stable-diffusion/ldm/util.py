@@ -62,7 +62,8 @@ def load_model(config, ckpt, device="cpu", dtype=torch.float32):
     content = read_checkpoint(ckpt)  # first: its errors come at once
     stored = read_state_dict(ckpt, content)
     if config is None:
-        config = CONFIGS.get(str(content.get("config")), CONFIGS["v1-inference"])
+        named = content.get("config")
+        config = CONFIGS.get(named if isinstance(named, str) else None, CONFIGS["v1-inference"])
     config = read_config(config) if isinstance(config, (str, pathlib.Path)) else config
     model = load_weights(uninitialised(config.model), stored, ckpt, device, dtype)
     return model.to(device).eval().requires_grad_(False)

@@ -121,6 +121,8 @@ def check(opt):
     step = 8 * opt.f
     if opt.H < step or opt.W < step or opt.H % step or opt.W % step:
         raise ModelError(f"--H {opt.H} --W {opt.W}: take multiples of {step}")
+    if opt.ddim_steps == 1000 and (opt.sampler == "ddim" or opt.ddim_eta > 0):
+        raise ModelError("--ddim_steps 1000: DDIM takes at most 999 of the 1,000 times")
     if opt.ckpt is None:
         opt.ckpt = next((ROOT / p for p in CKPT if (ROOT / p).is_file()), None)
     if opt.ckpt is None or not pathlib.Path(opt.ckpt).is_file():
@@ -135,7 +137,12 @@ def watermarker():
         return lambda image: image
     encoder = WatermarkEncoder()
     encoder.set_watermark("bytes", b"StableDiffusionV1")
-    return lambda image: encoder.encode(np.ascontiguousarray(image[:, :, ::-1]), "dwtDct")[:, :, ::-1]
+
+    def mark(image):
+        too_small = image.shape[0] * image.shape[1] < 256 * 256  # for the package
+        return image if too_small else encoder.encode(np.ascontiguousarray(image[:, :, ::-1]), "dwtDct")[:, :, ::-1]
+
+    return mark
 
 
 def save(image, path):
@@ -157,15 +164,15 @@ def grid(images, columns):
 
 
 @torch.no_grad()
-def generate(model, opt):
-    """Yields uint8 pictures [H, W, 3], one at a time."""
+def generate(model, opt, prompts_of):
+    """`prompts_of` each batch of an iteration; yields uint8 pictures [H, W, 3], one at a time."""
     sampler = (DDIMSampler if opt.sampler == "ddim" or opt.ddim_eta > 0 else DPMSolverSampler)(model)
     shape = [opt.C, opt.H // opt.f, opt.W // opt.f]
     done = 0
     for _ in trange(opt.n_iter, desc="iterations"):
         if opt.fixed_code:
             done = 0
-        for prompts in batches(opt):
+        for prompts in prompts_of:
             noise = noise_stream(opt.seed, range(done, done + len(prompts)), shape)
             uc = model.get_learned_conditioning([""] * len(prompts)) if opt.scale != 1.0 else None
             latents, _ = sampler.sample(
@@ -187,7 +194,7 @@ def generate(model, opt):
 
 def run(opt):
     check(opt)
-    batches(opt)
+    prompts_of = batches(opt)
     samples = pathlib.Path(opt.outdir) / "samples"
     half = opt.precision == "autocast" and opt.device.startswith("cuda")
     model = load_model(opt.config, opt.ckpt, opt.device, torch.float16 if half else torch.float32)
@@ -199,7 +206,7 @@ def run(opt):
         print(f"{path}: {', '.join(tokens.load(path))}")
     samples.mkdir(parents=True, exist_ok=True)
     mark, images, first = watermarker(), [], next_number(samples)
-    for image in generate(model, opt):
+    for image in generate(model, opt, prompts_of):
         image = mark(image)
         images.append(image)
         if not opt.skip_save:

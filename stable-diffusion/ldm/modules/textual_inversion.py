@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AddedToken
 
 from ldm import ModelError
-from ldm.checkpoint import StoredTensor, atomic, read_checkpoint
+from ldm.checkpoint import Inert, StoredTensor, atomic, read_checkpoint
 
 METADATA = ("init_word", "base_model", "step", "scores")
 HEADER = "textual_inversion"  # the one entry of __metadata__: safetensors writes several in any order
@@ -74,7 +74,7 @@ class LearnedTokens(nn.Module):
         for name in names:
             if name in vocabulary or f"{name.lower()}</w>" in vocabulary:
                 raise ModelError(f"{name!r} is a word of the vocabulary already; take a new one such as <new1>")
-            if not name or name != "".join(name.split()):
+            if not name or name != "".join(name.split()) or not name.isprintable():
                 raise ModelError(f"{name!r} is no placeholder: take one word, such as <new1>")
         tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])  # <New1> is not <new1>
         ids = tokenizer.convert_tokens_to_ids(names)
@@ -103,7 +103,8 @@ class LearnedTokens(nn.Module):
                 raise ModelError(f"{path}: holds {', '.join(embeddings)}, which cannot all be {token}")
             embeddings = dict.fromkeys([token], *embeddings.values())
         if (base := metadata.get("base_model") or self.base_model) != self.base_model:
-            warnings.warn(f"{path}: learned with another text encoder ({base}, here {self.base_model})", stacklevel=2)
+            here = f"({str(base)[:40]}, here {self.base_model})"
+            warnings.warn(f"{path}: learned with another text encoder {here}", stacklevel=2)
         for name, vectors in embeddings.items():
             try:
                 own = {k: v[name] if isinstance(v, dict) and name in v else v for k, v in metadata.items()}
@@ -140,6 +141,9 @@ def read_embeddings(path, token=None):
     if not embeddings or any(v.dim() != 2 for v in embeddings.values()):
         raise ModelError(f"{path}: not an embedding file (ours, diffusers', automatic1111's or rinongal's)")
     if not zipfile.is_zipfile(path):
-        with safe_open(str(path), "pt") as file:
-            content = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-    return embeddings, {k: content[k] for k in METADATA if k in content and not isinstance(content[k], StoredTensor)}
+        try:
+            with safe_open(str(path), "pt") as file:
+                content = dict(json.loads((file.metadata() or {}).get(HEADER, "{}")))
+        except (ValueError, TypeError, RecursionError):
+            raise ModelError(f"{path}: its header is damaged; fetch it, or train the token, again") from None
+    return embeddings, {k: v for k, v in content.items() if k in METADATA and not isinstance(v, (StoredTensor, Inert))}

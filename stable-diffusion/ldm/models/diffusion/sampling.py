@@ -32,10 +32,10 @@ def guided(model, cond, unconditional_conditioning=None, unconditional_guidance_
 
 
 def uniform_times(T, steps):
-    """The times 1 + i (T // steps), i = 0 .. steps - 1, of DDIM in CompVis's code."""
+    """The times 1 + floor(i T / steps), i = 0 .. steps - 1: those of DDIM in CompVis's code where T is a multiple."""
     if not 1 <= steps < T:
         raise ValueError(f"{steps} steps: take 1 to {T - 1}")
-    return [1 + i * (T // steps) for i in range(steps)]
+    return [1 + i * T // steps for i in range(steps)]
 
 
 def as_tensor(cond):
