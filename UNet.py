@@ -45,8 +45,7 @@ class UNet(nn.Module):
     def __init__(self, in_channel=3, channel=128, **course):
         super().__init__()
         for name, value in {"in_channel": in_channel, **course}.items():
-            known = value if name not in COURSE else COURSE[name]
-            if name not in COURSE or (list(value) if isinstance(known, list) else value) != known:
+            if name not in COURSE or (list(value) if isinstance(value, tuple) else value) != COURSE[name]:
                 raise ValueError(f"UNet: {name}={value!r} is not the architecture of UNet.pt, the only one here")
         groups, c_time = norm_groups(channel), 4 * channel
         self.time = nn.Sequential(

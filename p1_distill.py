@@ -136,9 +136,7 @@ def main(argv=None):
     module = Distillation(student, {**of_student, "steps": args.times}, args, judges[1])
     save = SaveLast if args.adversarial else SaveBest  # what imitates best is what a critic has changed least
     trainer = lightning_trainer(args, [save(out, judged_samples, judges)])
-    fit(args, trainer, module, train, Batches(held_back, batch))
-    if trainer.is_global_zero:
-        print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,best.pt,samples/}}")
+    fit(args, trainer, module, train, Batches(held_back, batch), "last.ckpt,best.pt,samples/")
 
 
 if __name__ == "__main__":

@@ -91,9 +91,7 @@ def main(argv=None):
     out = output_folder(args.out)
     module = DigitDiffusion(model, config, args)
     trainer = lightning_trainer(args, [SaveBest(out, judged_samples, judges)])
-    fit(args, trainer, module, train, val)
-    if trainer.is_global_zero:
-        print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,best.pt,samples/}}")
+    fit(args, trainer, module, train, val, "last.ckpt,best.pt,samples/")
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def write_interpolation(sampler, a, b, kind, eta, path):
 def read_noises(folder):
     """{stem: float32 [3, S, S]} of every *.pt in the folder, sorted by name; raises UserError."""
     folder = pathlib.Path(folder)
-    files = sorted(p for p in folder.glob("*.pt") if not p.name.startswith("."))
+    files = sorted(folder.glob("[!.]*.pt"))
     if not files:
         raise UserError(f"{folder}: no *.pt in it; give a folder of noise files (--make-noise DIR makes some)")
     return {path.stem: read_noise(path) for path in files}

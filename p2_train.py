@@ -80,7 +80,7 @@ def read_faces(folder, size):
     Held back are the 2 % whose names hash lowest. Raises UserError where there are none, or one cannot be read.
     """
     folder = pathlib.Path(folder)
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURES and not p.name.startswith("."))
+    paths = sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in PICTURES)
     held_back = torch.tensor([is_validation(p.name, 0.02) for p in paths])
     if not paths or held_back.all() or not held_back.any():
         raise UserError(f"{folder}: {len(paths)} pictures in it, too few to train on; name the folder of face photos")
@@ -134,9 +134,7 @@ def main(argv=None):
     module = FaceDiffusion(model, config, args)
     trainer = lightning_trainer(args, [SaveBest(out, draw)])
     drawn = Batches(len(train), lambda rows: train[torch.randint(len(train), (len(rows),))])
-    fit(args, trainer, module, drawn, Batches(len(val), val.__getitem__))
-    if trainer.is_global_zero:
-        print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,best.pt,samples/}}")
+    fit(args, trainer, module, drawn, Batches(len(val), val.__getitem__), "last.ckpt,best.pt,samples/")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Clip:
 
     @torch.no_grad()
     def images(self, pictures, batch_size=64):
-        """Pictures are PIL images or paths."""
+        """Pictures are PIL images, paths, or uint8 [3, H, W]."""
         vectors = []
         for start in range(0, len(pictures), batch_size):
             batch = torch.stack([self.preprocess(_rgb(p)) for p in pictures[start : start + batch_size]])
@@ -61,6 +61,8 @@ class Clip:
 
 
 def _rgb(picture):
+    if torch.is_tensor(picture):
+        return transforms.functional.to_pil_image(picture)
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
     return open_image(picture, upright=False)  # as the course's grader sees it

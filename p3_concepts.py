@@ -105,7 +105,7 @@ def placeholders(prompt):
 def image_files(folder):
     """The pictures of a folder, sorted by name; UserError where there is none."""
     folder = pathlib.Path(folder)
-    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_TYPES) if folder.is_dir() else []
+    files = sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in IMAGE_TYPES) if folder.is_dir() else []
     if not files:
         raise UserError(f"{folder}: no such folder, or no pictures in it; `bash get_dataset.sh` fetches the course's")
     return files

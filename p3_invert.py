@@ -350,7 +350,7 @@ class Inversion:
         parts = [indices[i : i + most] for i in range(0, len(indices), most)]
         for template, told in validation.items():
             pictures = torch.cat([self.draw(template, part, seed=1000) for part in parts])
-            pictures = clip.images([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures])
+            pictures = clip.images(pictures)
             text = text_scores(clip, pictures, told)
             scores.append(best_fifth(image_scores(clip, pictures, sources), text))
         return [sum(s) / len(s) for s in zip(*scores)]

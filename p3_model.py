@@ -30,9 +30,8 @@ ROOT = pathlib.Path(__file__).resolve().parent
 def add_model_options(parser):
     """What both scripts of Textual Inversion ask about the model."""
     parser.add_argument("--config", help="the model's YAML (default: what the checkpoint names, else v1-inference)")
-    parser.add_argument(
-        "--size", type=whole(64, 4096, 64), help="side of a picture, a multiple of 64 (default: the model's own)"
-    )
+    size = "side of a picture, a multiple of 64 (default: the model's own)"
+    parser.add_argument("--size", type=whole(64, 4096, 64), help=size)
 
 
 def load_stable_diffusion(ckpt, device, dtype, config=None):

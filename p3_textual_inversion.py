@@ -39,16 +39,9 @@ def arguments(argv):
     option("--crops", type=whole(), default=default.crops, help="random crops a picture")
     option("--save-every", type=whole(), default=default.save_every)
     option("--preview-every", type=whole(0), default=default.preview_every, help="0: no previews")
-    option(
-        "--validation-pictures",
-        type=whole(),
-        default=default.validation_pictures,
-        metavar="N",
-        help="of each prompt that steps are chosen on",
-    )
-    option(
-        "--average", type=whole(), default=default.average, metavar="N", help="means of N saved steps to choose from"
-    )
+    own = default.validation_pictures
+    option("--validation-pictures", type=whole(), default=own, help="of each prompt that steps are chosen on")
+    option("--average", type=whole(), default=default.average, help="so many saved steps are one to choose from")
     add_model_options(parser)
     add_device_options(parser)
     return parser.parse_args(argv)

@@ -39,7 +39,7 @@ def read_folder(folder):
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the folder of the target's pictures")
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() == ".png" and not p.name.startswith("."))
+    paths = sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() == ".png")
     if not paths:
         raise UserError(f"{folder}: no *.png in it; name the folder of the target's pictures")
     with ThreadPoolExecutor() as pool:

@@ -223,9 +223,7 @@ def main(argv=None):
     module = Adaptation(config, args)
     selection = Selection(out, images, labels, args.oracle_selection)
     trainer = lightning_trainer(args, [selection, Teacher(args)])
-    fit(args, trainer, module, train, val)
-    if trainer.is_global_zero:
-        print(f"step {trainer.global_step} of {args.steps}; wrote {out}/{{last.ckpt,best.pt,last.pt}}")
+    fit(args, trainer, module, train, val, "last.ckpt,best.pt,last.pt")
 
 
 if __name__ == "__main__":

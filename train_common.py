@@ -283,11 +283,11 @@ def lightning_trainer(args, callbacks):
     )
 
 
-def fit(args, trainer, module, train, val):
+def fit(args, trainer, module, train, val, wrote=""):
     """Trains on map-style datasets that give whole batches (`__getitems__`), from the run's last checkpoint on.
 
     An epoch is args.epoch_steps optimizer steps on any number of devices: `train.length` is set accordingly. Ctrl-C
-    ends as KeyboardInterrupt, which says where the same line goes on.
+    ends as KeyboardInterrupt, which says where the same line goes on; else the end tells what was `wrote`.
     """
     train.length = args.epoch_steps * args.batch_size * trainer.world_size
     loaders = [
@@ -308,3 +308,5 @@ def fit(args, trainer, module, train, val):
         every = f"{last} is written every {args.epoch_steps} steps, see --epoch-steps"
         goes_on = f"goes on from {last}" if last.is_file() else f"starts anew: {every}"
         raise KeyboardInterrupt(f"interrupted; the same line {goes_on}") from None
+    if wrote and trainer.is_global_zero:
+        print(f"step {trainer.global_step} of {args.steps}; wrote {args.out}/{{{wrote}}}")

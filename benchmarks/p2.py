@@ -204,7 +204,6 @@ def quality_table(args):
     real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
     if len(real) < 2 * args.count:
         raise UserError(f"--count {args.count}: {args.data} has {len(real)} pictures; take at most {len(real) // 2}")
-    args.device = pick_device(args.device)
     inception = Inception(args.device)
     reference = inception(real[: args.count])
     lines = [

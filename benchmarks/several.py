@@ -24,7 +24,7 @@ import utils
 from p3_clip import image_scores, load_clip, text_scores
 from p3_concepts import image_files, read_concepts
 from p3_invert import Recipe
-from tiny import NEW2, add_small_options, pil
+from tiny import NEW2, add_small_options
 from utils import Parser, cli, real, whole
 
 FORMS = ["a {}, in the style of {}", "a {} in the style of {}", "a picture of a {} in the style of {}"]
@@ -97,7 +97,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         for way, delta in deltas(args, jobs, pathlib.Path(folder)).items():
             made = drawn(args, delta)
-            seen = [clip.images(pil(pictures)) for pictures in made]
+            seen = [clip.images(pictures) for pictures in made]
             cells = [image_scores(clip, torch.cat(seen), each).mean() for each in sources]
             cells.append(torch.cat([text_scores(clip, s, t) for s, t in zip(seen, told)]).mean())
             lines.append(f"| {way} | {' | '.join(f'{c:.2f}' for c in cells)} |")

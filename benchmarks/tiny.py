@@ -26,7 +26,6 @@ import time
 
 import torch
 from fid import Inception, frechet_distance
-from PIL import Image
 from table import ROOT, add_out_option, describe_machine, save_table
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
@@ -50,13 +49,9 @@ def drawn(model, prompts, scale, steps, batch=50):
     return torch.cat([p3_model.generate(model, prompts[p.start : p.stop], p, steps, scale) for p in bar])
 
 
-def pil(images):
-    return [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]
-
-
 def nearest_is_right(clip, images, captions):
     """Share of pictures whose nearest caption is the one of the same number."""
-    cosines = clip.images(pil(images)) @ clip.texts(captions).T
+    cosines = clip.images(images) @ clip.texts(captions).T
     return (cosines.argmax(1) == torch.arange(len(images))).float().mean().item()
 
 
@@ -110,7 +105,7 @@ def readable(pictures, clip, sources):
     held_back = {pictures.subject[r].item(): r for r in pictures.rows("style").tolist() if pictures.vendor[r] == style}
     both = held_back.keys() & seen.keys()
     for s in tqdm(sorted(both), "read", leave=False):
-        shown = clip.images(pil(pictures.images[[*seen[s], held_back[s]]]))
+        shown = clip.images(pictures.images[[*seen[s], held_back[s]]])
         image, text = graded(clip, shown, pictures.caption(held_back[s]), sources)
         best = (image + 2.5 * text)[:-1].argmax()
         if image[-1] >= image[best] and text[-1] >= text[best]:
@@ -126,7 +121,7 @@ def scored(model, clip, prompt, told, sources, draws):
     pictures, scores = [], []
     for draw in range(draws):
         pictures.append(p3_model.generate(model, prompt, range(25 * draw, 25 * draw + 25)))
-        scores.append(best_fifth(*graded(clip, clip.images(pil(pictures[-1])), told, sources)))
+        scores.append(best_fifth(*graded(clip, clip.images(pictures[-1]), told, sources)))
     return pictures[0], [round(sum(s) / draws, 2) for s in zip(*scores)]
 
 
@@ -180,9 +175,7 @@ def parse(argv):
     option("--zeroshot", metavar="DIR", help="only writes the held-back pictures for p3_clip_zeroshot.py")
     option("--inversion", metavar="JSON", help="the concepts of a JSON: plain words beside learned tokens")
     option("--readable", metavar="DIR", help="only lists the subjects that the small CLIP reads in the held-back style")
-    option(
-        "--draws", type=whole(), default=4, help="of 25 pictures a prompt, for --inversion; the grader sees the first"
-    )
+    option("--draws", type=whole(), default=4, help="of 25 pictures a prompt for --inversion; the grader sees one")
     add_small_options(parser)
     return parser.parse_args(argv)
 

@@ -62,11 +62,10 @@ def load_model(config, ckpt, device="cpu", dtype=torch.float32):
     content = read_checkpoint(ckpt)  # first: its errors come at once
     stored = read_state_dict(ckpt, content)
     if config is None:
-        named = content.get("config")
-        config = CONFIGS.get(named if isinstance(named, str) else None, CONFIGS["v1-inference"])
+        config = next((p for name, p in CONFIGS.items() if name == content.get("config")), CONFIGS["v1-inference"])
     config = read_config(config) if isinstance(config, (str, pathlib.Path)) else config
-    model = load_weights(uninitialised(config.model), stored, ckpt, device, dtype)
-    return model.to(device).eval().requires_grad_(False)
+    model = uninitialised(config.model)
+    return load_weights(model, stored, ckpt, device, dtype).to(device).eval().requires_grad_(False)
 
 
 def uninitialised(config):
@@ -83,8 +82,7 @@ def uninitialised(config):
 
 def free_memory(device):
     """Bytes that may still be allocated on `device`; infinite where the system does not say."""
-    device = torch.device(device)
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     try:

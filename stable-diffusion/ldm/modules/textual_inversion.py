@@ -89,8 +89,7 @@ class LearnedTokens(nn.Module):
         `metadata`, what was given to `add`, and `base_model` go into the header. The same content, the same bytes."""
         tokens, own = self.tokens if tokens is None else tokens, self.metadata
         told = {k: {t: own[t][k] for t in tokens if k in own[t]} for token in tokens for k in own[token]}
-        told = told if len(tokens) > 1 else own[tokens[0]]
-        told = {**told, "base_model": self.base_model, **metadata}  # not a loaded file's
+        told = {**(told if len(tokens) > 1 else own[tokens[0]]), "base_model": self.base_model, **metadata}
         content = {token: self[token].detach().float().cpu().clone() for token in tokens}
         with atomic(path) as temporary:
             temporary.write_bytes(to_bytes(content, {HEADER: json.dumps(told, sort_keys=True)}))
@@ -102,9 +101,8 @@ class LearnedTokens(nn.Module):
             if len(embeddings) != 1:
                 raise ModelError(f"{path}: holds {', '.join(embeddings)}, which cannot all be {token}")
             embeddings = dict.fromkeys([token], *embeddings.values())
-        if (base := metadata.get("base_model") or self.base_model) != self.base_model:
-            here = f"({str(base)[:40]}, here {self.base_model})"
-            warnings.warn(f"{path}: learned with another text encoder {here}", stacklevel=2)
+        if (base := str(metadata.get("base_model") or self.base_model)[:40]) != self.base_model:
+            warnings.warn(f"{path}: learned with another text encoder ({base}, here {self.base_model})", stacklevel=2)
         for name, vectors in embeddings.items():
             try:
                 own = {k: v[name] if isinstance(v, dict) and name in v else v for k, v in metadata.items()}
@@ -125,8 +123,7 @@ def read_embeddings(path, token=None):
     diffusers' learned_embeds ({token: tensor}); automatic1111's (the token is its "name", or the file's); rinongal's
     embeddings.pt (the placeholder is usually *); a bare tensor, where its `token` is given."""
     content = read_checkpoint(path)
-    if isinstance(content, StoredTensor) and token is not None:
-        content = {token: content}
+    content = {token: content} if isinstance(content, StoredTensor) and token is not None else content
     if not isinstance(content, dict):
         raise ModelError(f"{path}: not an embedding file, or a bare tensor without the name of its token")
     parameters = content.get("string_to_param", content)

@@ -77,8 +77,7 @@ class LatentDiffusion(TrainingNames, nn.Module):
         known, rows = state_dict.pop(prefix + "known_words", None), state_dict.get(prefix + TABLE)
         if known is not None and rows is not None:
             table = self.cond_stage_model.transformer.get_input_embeddings().weight.detach().clone()
-            if rows.shape != (len(known), table.shape[1]):
-                raise IndexError(f"{TABLE} is {list(rows.shape)}, known_words {list(known.shape)}")
+            rows = rows.view(len(known), table.shape[1])  # else a RuntimeError, before anything large is made
             table[: self.cond_stage_model.tokenizer.vocab_size] = rows.float().mean(0)  # words that were added stay
             table[known.long()] = rows.to(table)
             state_dict[prefix + TABLE] = table

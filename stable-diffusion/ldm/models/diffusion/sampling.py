@@ -40,8 +40,7 @@ def uniform_times(T, steps):
 
 def as_tensor(cond):
     """A conditioning in any form that CompVis's code takes, as one tensor [B, M, C]."""
-    if isinstance(cond, dict):
-        cond = cond["c_crossattn"]
+    cond = cond["c_crossattn"] if isinstance(cond, dict) else cond
     return torch.cat(list(cond), dim=1) if isinstance(cond, (list, tuple)) else cond
 
 
