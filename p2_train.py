@@ -43,22 +43,24 @@ class FaceDiffusion(Training):
         super().__init__(model, config, args)
         self.shares = time_shares(self.alpha_bar, *config["log_sigma"])
 
-    def loss(self, model, images, draw=None, **options):
-        t = self.shares.multinomial(len(images), replacement=True, generator=draw)
+    def loss(self, model, images, t, **options):
         how = {"objective": self.config["objective"], "min_snr": self.config["min_snr"], "t": t}
         return training_loss(model, utils.to_float(images), self.alpha_bar, **how, **options).mean()
 
     def training_step(self, images, _):
+        t = self.shares.multinomial(len(images), replacement=True)
         flip = torch.rand(len(images), 1, 1, 1, device=self.device) < 0.5
-        loss = self.loss(self.model, torch.where(flip, images.flip(-1), images), perturb=self.config["perturb"])
+        loss = self.loss(self.model, torch.where(flip, images.flip(-1), images), t, perturb=self.config["perturb"])
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, images, i):
+        even = (torch.arange(len(images), dtype=torch.float64) + 0.5) / len(images)  # of as many times as pictures
+        t = torch.searchsorted(self.shares.cumsum(0), even).clamp(max=len(self.shares) - 1)
         for decay, average in zip(self.averages.decays, self.averages):
             draw = torch.Generator().manual_seed(i)
             eps = torch.randn(images.shape, generator=draw).to(self.device)
-            self.log(f"val_loss_{decay}", self.loss(average, images, draw, eps=eps), sync_dist=True)
+            self.log(f"val_loss_{decay}", self.loss(average, images, t, eps=eps), sync_dist=True)
 
 
 def draw(model, config):
