@@ -263,8 +263,8 @@ def load_digit_unet(path):
         if type(value) is not type(possible[0]) or value not in possible:
             raise UserError(f"{path}: its config has {name} {str(value)[:40]!r}; train or fetch it again")
     steps = config.get("steps", [0])  # the times of a few-step network, downwards
-    whole = isinstance(steps, list) and all(type(t) is int for t in steps)
-    if not whole or not steps or steps != [t for t in range(config["T"] - 1, -1, -1) if t in steps]:
+    are_times = isinstance(steps, list) and all(type(t) is int for t in steps)
+    if not are_times or not steps or steps != [t for t in range(config["T"] - 1, -1, -1) if t in steps]:
         raise UserError(f"{path}: its config has steps {str(steps)[:40]!r}; train or fetch it again")
     model = utils.load_weights(DigitUNet(config["channels"], config["deep"]), checkpoint["state_dict"], path)
     return model.eval().to(memory_format=torch.channels_last), config

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.utilities import rank_zero_only
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import p3_model  # isort: skip  (it puts ldm on the path)
@@ -249,7 +250,7 @@ class Diffusing(Stage):
         draw = torch.Generator().manual_seed(i)
         noise, eps = (torch.randn(batch[0][:, 0].shape, generator=draw).to(self.device) for _ in range(2))
         t = torch.linspace(0, len(self.alpha_bar) - 1, len(eps)).long()
-        self.log("val_loss", self.loss(batch, noise, t=t, eps=eps).mean())
+        self.log("val_loss", self.loss(batch, noise, t=t, eps=eps).mean(), sync_dist=True)
         if i == 0:
             self.show(self.preview(self.device))
 
@@ -391,7 +392,9 @@ def main(argv=None):
         if not (out / result).is_file():
             pl.seed_everything(args.seed, verbose=False)
             train(stage_args(args, training, name, begin), config, pictures)
-    print(f"wrote {out}/{'model.ckpt' if args.start else '{autoencoder.pt,text.pt,clip.pt,model.ckpt}'}")
+    rank_zero_only(print)(
+        f"wrote {out}/{'model.ckpt' if args.start else '{autoencoder.pt,text.pt,clip.pt,model.ckpt}'}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 
 import importlib.util
 import json
+import os
+import pickle
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_ldm_checkpoint import Runs
 
 import p3_clip
 import p3_concepts
@@ -85,6 +89,15 @@ def test_a_transformers_folder_gives_the_vectors_that_transformers_gives(tmp_pat
         out = theirs(input_ids=tokens, pixel_values=batch)
     assert torch.allclose(ours.texts(TEXTS), out.text_embeds, atol=1e-5)
     assert torch.allclose(ours.images(pictures(2)), out.image_embeds, atol=1e-5)
+
+
+def test_a_hostile_torchscript_archive_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
+        archive.writestr("evil/constants.pkl", b"")
+        archive.writestr("evil/data.pkl", pickle.dumps(Runs(os.system, f"touch {tmp_path}/pwned"), protocol=2))
+    with pytest.raises(UserError, match="evil.pt: refused, it would run"):
+        p3_clip.load_clip(str(tmp_path / "evil.pt"))
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
