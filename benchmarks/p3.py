@@ -3,11 +3,12 @@
     python3 benchmarks/p3.py                       # full size: 5 GB of disk and of memory, minutes on a CPU
     python3 benchmarks/p3.py --tiny                # the same on a small network, to see that it works
 
-For each implementation and precision, in a process of its own: seconds to load a checkpoint of the whole model and the
-peak memory of that, seconds of one network evaluation under guidance (a batch of two) and of one decoded image (medians
-after a warm-up), what a picture of 25 steps takes by these, peak memory of it all, and the largest difference of the
-predicted eps from our float32, as a part of its standard deviation. "diffusers, cl" has its network in channels_last;
-of "ours, --fast" the evaluation is the mean over a picture's steps, and eps that of the first one.
+For each implementation and precision, in a process of its own: seconds to load the networks of a checkpoint (ours with
+the text encoder, diffusers' without; neither makes a tokenizer) and the peak memory of that, seconds of one network
+evaluation under guidance (a batch of two) and of one decoded image (medians after a warm-up), what a picture of 25
+steps takes by these, peak memory of it all, and the largest difference of the predicted eps from our float32, as a part
+of its standard deviation. "diffusers, cl" has its network in channels_last; of "ours, --fast" the evaluation is the
+mean over a picture's steps, and eps that of the first one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -50,6 +52,8 @@ def write_checkpoint(path, tiny):
     torch.manual_seed(0)
     model = instantiate_from_config(main_config(tiny).model)
     torch.save({"state_dict": model.state_dict(), "global_step": 0}, path)
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())  # else the first to load it shares the disk with what is still being written
 
 
 def diffusers_configs(folder, tiny):

@@ -1,5 +1,6 @@
 """The text encoder: transformers' CLIPTextModel and CLIPTokenizer, without any hub."""
 
+import functools
 import gzip
 import importlib.util
 import json
@@ -20,7 +21,6 @@ from ldm.checkpoint import load_weights, read_state_dict
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 HUB_MODELS = {"openai/clip-vit-large-patch14": (768, 12, 12, 3072), "openai/clip-vit-base-patch32": (512, 12, 8, 2048)}
 
-
 # "ftfy is not installed": _tokenizer takes care of it
 logging.getLogger("transformers.models.clip.tokenization_clip").addFilter(lambda r: "ftfy" not in r.getMessage())
 
@@ -37,13 +37,13 @@ class FrozenCLIPEmbedder(nn.Module):
         super().__init__()
         self.version, self.max_length, self.expansions = version, max_length, {}
         self.transformer = TextModel(_text_config(version, config or {}))
-        self.tokenizer = _tokenizer(version, max_length)
         files = (pathlib.Path(version) / name for name in ("model.safetensors", "pytorch_model.bin"))
         for path in [file for file in files if file.is_file()][:1]:
             stored = {k.split("text_model.")[-1]: v for k, v in read_state_dict(path).items()}
             load_weights(self, {f"transformer.text_model.{k}": v for k, v in stored.items()}, path)
         self.eval().requires_grad_(False)
 
+    tokenizer = functools.cached_property(lambda self: _tokenizer(self.version, self.max_length))  # at the first prompt
     device = property(lambda self: self.transformer.device, nn.Module.to, doc="Where it is; setting it moves it.")
 
     def tokenize(self, text):
