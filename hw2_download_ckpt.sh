@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # Where they are fetched from: $HW2_CKPT_URL, or the folder in the repository that this clone came from; and $SD_CKPT_URL.
 origin=$(git remote get-url origin 2>/dev/null || true)
+case $origin in git@*:*) origin=${origin#git@} && origin=https://${origin/://} ;; esac   # cloned by ssh
 url=${HW2_CKPT_URL:-${origin%.git}/raw/main/checkpoints}
 sd_url=${SD_CKPT_URL:-https://huggingface.co/CompVis/stable-diffusion-v-1-4-original/resolve/main/sd-v1-4.ckpt}
 sd_sum=fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556

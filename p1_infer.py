@@ -101,7 +101,7 @@ def parse(argv):
     within = "guide at times FROM <= t < TO only (default: 200 750)"
     option("--interval", type=whole(0), nargs=2, default=[200, 750], metavar=("FROM", "TO"), help=within)
     option("--num-per-digit", type=whole(1, PER_PAIR), default=50)
-    option("--batch-size", type=whole(), default=100, help="changes the speed, not the pictures (default: 100)")
+    option("--batch-size", type=whole(), default=100, help="pictures are the same but for rounding (default: 100)")
     option("--grid", metavar="FILE")
     option("--trajectory", metavar="FILE")
     utils.add_device_options(parser)

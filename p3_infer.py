@@ -198,9 +198,9 @@ def sheet(model, prompt, settings, out, batch):
 # -------------------------------------------------------------------------------- embeddings that are missing
 
 
-def sources_of(missing, concepts, data, args):
+def sources_of(missing, concepts, args):
     """[(concept, its pictures)] of the tokens without an embedding; UserError for one that cannot be trained now."""
-    jobs = []
+    jobs, folders = [], [pathlib.Path(args.json).parent, p3_model.ROOT / "hw2_data/textual_inversion"]
     for token in missing:
         concept = next((c for c in concepts if c.token == token), None)
         remedy = f"train it with p3_textual_inversion.py, or put its file into {args.embeddings}"
@@ -209,6 +209,7 @@ def sources_of(missing, concepts, data, args):
         if not args.train_missing:
             raise UserError(f"{args.json}: {token} has no embedding for this model; {remedy}, or add --train-missing")
         try:
+            data = next((f for f in folders if (f / concept.key).is_dir()), folders[0])  # a JSON may come alone
             jobs.append((concept, image_files(data / concept.key)))
         except UserError as e:
             raise UserError(f"{token} has no embedding for this model, and none can be trained: {e}") from None
@@ -248,7 +249,7 @@ def arguments(argv):
     option("--fast", action="store_true", help="half the work a picture, at a small loss of quality")
     option("--batch-size", type=whole(), help="pictures at once (default: by free memory)")
     option("--time-limit", type=real(positive=True), help="seconds, not of --prompt; --fast, then fewer steps keep it")
-    option("--train-missing", action="store_true", help="train absent embeddings from JSON's folder")
+    option("--train-missing", action="store_true", help="learn absent tokens, by pictures beside JSON or in hw2_data")
     option("--train-steps", type=whole(), default=400, help="of --train-missing, at most")
     option("--prompt", help="draw this prompt instead of the JSON's, into OUT/prompt.png")
     p3_model.add_model_options(parser)
@@ -269,7 +270,7 @@ def main(argv=None):
         weights += p3_model.load_delta(model, tokens, args.delta)
     for folder in (args.embeddings, pathlib.Path(args.json).parent / "embeddings", out / ".embeddings"):
         missing = p3_model.load_embeddings(tokens, folder, missing)
-    jobs = sources_of(missing, concepts, pathlib.Path(args.json).parent, args)
+    jobs = sources_of(missing, concepts, args)
     utils.output_folder(out)
 
     batch = args.batch_size or p3_model.fitting_batch(model, args.size)

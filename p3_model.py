@@ -63,7 +63,7 @@ def generate(model, prompts, indices, steps=25, scale=7.5, size=None, seed=0, fa
     guidance scale `scale`; `fast` does half the work (ldm's sampling.py says which).
 
     Picture i starts from the noise of the seed `seed + i`, the same in any batch but for rounding: float32
-    on CPUs with AMX may differ by one level of 255 with the size of the batch.
+    may differ by one level of 255 with the size of the batch.
     """
     return to_uint8(model.decode_first_stage(latents_of(model, prompts, indices, steps, scale, size, seed, fast))).cpu()
 

@@ -246,6 +246,17 @@ def test_a_missing_embedding_is_trained_once_from_the_pictures_beside_the_json(t
     assert "training" not in out and "wrote 0 pictures" in out
 
 
+def test_a_json_that_comes_alone_is_trained_on_the_pictures_of_the_course(task, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(p3_model, "ROOT", tmp_path / "root")
+    (tmp_path / "root/hw2_data").mkdir(parents=True)
+    task[0].parent.rename(tmp_path / "root/hw2_data/textual_inversion")
+    task[0] = tmp_path / "alone.json"
+    (tmp_path / "root/hw2_data/textual_inversion/input.json").rename(task[0])
+    assert run(monkeypatch, *task, "--embeddings", tmp_path / "none", "--train-missing", "--train-steps", 2) == 0
+    assert "<new2> has no embedding for this model: training it on 2 pictures now" in capsys.readouterr().out
+    assert sorted(contents(task[1])) == sorted(LAYOUT)
+
+
 def test_without_source_pictures_nothing_is_trained(task, tmp_path, monkeypatch, capsys):
     for picture in (task[0].parent / "1").iterdir():
         picture.unlink()
