@@ -103,10 +103,10 @@ def norm_groups(channel):
 class TimeEmbedding(nn.Module):
     """[sin, cos](t * 10000^(-2i/dim)), i = 0 .. dim/2 - 1 (Vaswani et al. 2017, section 3.5): int64 [B] -> [B, dim]."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, persistent=True):
         super().__init__()
         i = torch.arange(dim // 2, dtype=torch.float32)
-        self.register_buffer("inv_freq", torch.exp(-math.log(10000) * 2 * i / dim))
+        self.register_buffer("inv_freq", torch.exp(-math.log(10000) * 2 * i / dim), persistent=persistent)
 
     def forward(self, t):
         angle = t[:, None].float() * self.inv_freq

@@ -34,7 +34,7 @@ from utils import CHECKPOINTS, Parser, UserError, cli, whole
 def read_folder(folder):
     """(names, uint8 [N, 3, 28, 28], labels int64 [N]) of the pictures in a folder, labelled by the first character of
     their names."""
-    paths = sorted(p for p in pathlib.Path(folder).glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    paths = sorted(p for p in pathlib.Path(folder).glob("[!.]*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if not paths:
         raise UserError(f"{folder}: no pictures in it; run hw2_1.sh into its parent folder first")
     images = []

@@ -93,9 +93,8 @@ def parse(argv):
     few = "checkpoints/p1_student.pt: 4 network evaluations a picture, not 25"
     option("--fast", dest="checkpoint", action="store_const", const=STUDENT, help=few)
     option("--sampler", choices=["dpm++", "ddim", "ddpm"], default="dpm++")
-    option(
-        "--steps", type=whole(1, 1000), default=16, help="of the sampler; a few-step network has its own (default: 16)"
-    )
+    own = "of the sampler; a few-step network has its own (default: 16)"
+    option("--steps", type=whole(1, 1000), default=16, help=own)
     scales = "eps_u + guidance (eps_c - eps_u), 1 = none; of both domains, or MNIST-M/SVHN (default: 7/4)"
     option("--guidance", type=guidance_scale, default=GUIDANCE, metavar="SCALE", help=scales)
     within = "guide at times FROM <= t < TO only (default: 200 750)"

@@ -7,7 +7,6 @@ v = model(x_t, t, digit, domain)            # [B, 3, 28, 28] in and out, int64 [
 from __future__ import annotations
 
 import copy
-import math
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ import utils
 from classifiers import predict
 from diffusion import ddim, ddpm, dpm_solver_pp, eps_from_v, guided, schedule, time_batch, timesteps
 from digits import DOMAINS
+from UNet import TimeEmbedding
 from utils import UserError
 
 NO_DIGIT = 10
@@ -28,20 +28,6 @@ CONFIG = {  # what a checkpoint may say
     "schedule": ["linear", "cosine"],
     "objective": ["eps", "v"],
 }
-
-
-class TimeEmbedding(nn.Module):
-    """[sin, cos](t * 10000^(-2i/dim)) of t (Vaswani et al. 2017, section 3.5): int64 [B] -> [B, dim]."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.register_buffer(
-            "frequencies", torch.exp(-math.log(10000) * torch.arange(dim // 2) / (dim // 2)), persistent=False
-        )
-
-    def forward(self, t):
-        angle = t[:, None].float() * self.frequencies
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class ResBlock(nn.Module):
@@ -82,23 +68,13 @@ class Attention(nn.Module):
         return x + self.out((v @ weight.transpose(2, 3)).reshape(b, c, h, w))
 
 
-class Down(nn.Conv2d):
-    """Halves the size, doubles nothing else."""
-
-    def __init__(self, c_in, c_out):
-        super().__init__(c_in, c_out, 3, stride=2, padding=1)
-
-    def forward(self, x, emb):
-        return super().forward(x)
-
-
 class Up(nn.Conv2d):
     """Doubles the size: nearest neighbour, then a convolution."""
 
     def __init__(self, c_in, c_out):
         super().__init__(c_in, c_out, 3, padding=1)
 
-    def forward(self, x, emb):
+    def forward(self, x):
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -115,14 +91,14 @@ class DigitUNet(nn.Module):
     def __init__(self, channels=64, deep=192):
         super().__init__()
         c, d, e = channels, deep, 4 * channels
-        self.time = nn.Sequential(TimeEmbedding(128), nn.Linear(128, e), nn.SiLU(), nn.Linear(e, e))
+        self.time = nn.Sequential(TimeEmbedding(128, persistent=False), nn.Linear(128, e), nn.SiLU(), nn.Linear(e, e))
         self.digit = nn.Embedding(NO_DIGIT + 1, e)
         self.domain = nn.Embedding(2, e)
         # fmt: off
         self.stem = nn.Conv2d(12, c, 3, padding=1)      # 14x14
         self.down = nn.ModuleList([
             ResBlock(c, c, e),                          # 14x14
-            Down(c, d),                                 # 7x7
+            nn.Conv2d(c, d, 3, stride=2, padding=1),    # 7x7
             ResBlock(d, d, e),                          # 7x7
         ])                                              # the stem's and each of these outputs is a skip
         self.middle = nn.ModuleList([
@@ -132,7 +108,7 @@ class DigitUNet(nn.Module):
         ])
         self.up = nn.ModuleList([
             ResBlock(2 * d, d, e),                      # 7x7, with the skip of the last ResBlock
-            ResBlock(2 * d, d, e),                      # 7x7, with that of Down
+            ResBlock(2 * d, d, e),                      # 7x7, with that of the convolution
             Up(d, c),                                   # 14x14
             ResBlock(2 * c, c, e),                      # 14x14, with that of the first ResBlock
             ResBlock(2 * c, c, e),                      # 14x14, with the stem's
@@ -148,7 +124,7 @@ class DigitUNet(nn.Module):
         x = self.stem(F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last))
         skips = [x]
         for layer in self.down:
-            x = layer(x, emb)
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
             skips.append(x)
         for layer in self.middle:
             x = layer(x, emb)
@@ -157,9 +133,7 @@ class DigitUNet(nn.Module):
     def forward(self, x, t, digit, domain):
         x, skips, emb = self.encode(x, t, digit, domain)
         for layer in self.up:
-            if isinstance(layer, ResBlock):
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = layer(x, emb)
+            x = layer(torch.cat([x, skips.pop()], dim=1), emb) if isinstance(layer, ResBlock) else layer(x)
         return F.pixel_shuffle(self.out(x).float(), 2)
 
 

@@ -176,8 +176,7 @@ def write_interpolation(sampler, a, b, kind, eta, path):
     contrast of the picture: the standard deviation of its pixels, 0..255.
     """
     noises = [{"slerp": slerp, "linear": lerp}[kind](a, b, alpha) for alpha in ALPHAS]
-    pictures = torch.stack(list(sampler(noises, eta, kind, [0] * len(noises))))
-    pictures = utils.to_uint8(pictures)
+    pictures = utils.to_uint8(torch.stack(list(sampler(noises, eta, kind, [0] * len(noises)))))
     utils.save_png(utils.image_grid(pictures, columns=len(noises)), path)
     told = {
         "alphas": ALPHAS,

@@ -14,7 +14,7 @@ import warnings
 
 import torch
 from PIL import Image
-from torchvision import transforms
+from torchvision.transforms.functional import to_pil_image
 
 from utils import UserError, atomic, is_finite, load_checkpoint, open_image, read_json
 
@@ -35,15 +35,7 @@ class Clip:
     def __init__(self, network, device, name=""):
         self.network, self.device, self.name = network.eval().requires_grad_(False).to(device), device, name
         self.logit_scale = float(network.logit_scale.exp())  # 100 for OpenAI's models
-        size = network.visual.input_resolution
-        self.preprocess = transforms.Compose(
-            [
-                transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
-                transforms.CenterCrop(size),
-                transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
-            ]
-        )
+        self.preprocess = openai_clip.clip._transform(network.visual.input_resolution)
 
     @torch.no_grad()
     def images(self, pictures, batch_size=64):
@@ -62,7 +54,7 @@ class Clip:
 
 def _rgb(picture):
     if torch.is_tensor(picture):
-        return transforms.functional.to_pil_image(picture)
+        return to_pil_image(picture)
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
     return open_image(picture, upright=False)  # as the course's grader sees it
@@ -180,10 +172,8 @@ def _fetch_from_hub(name):
 
 def _unreachable(name, error):
     reason = " ".join(str(error).split())[:100]
-    return (
-        f"CLIP {name} is not in the cache and cannot be downloaded ({reason}); "
-        "where the network is closed, give --clip or --model the path of the weights"
-    )
+    remedy = "where the network is closed, give --clip or --model the path of the weights"
+    return f"CLIP {name} is not in the cache and cannot be downloaded ({reason}); {remedy}"
 
 
 # -------------------------------------------------------------------------------- transformers' layout

@@ -37,7 +37,7 @@ def read_data(folder):
     if not all(CLASS_ID.fullmatch(k) and isinstance(v, str) for k, v in entries):
         raise UserError(f'{labels}: expected {{"0": "bicycle", ...}}; fetch it again')
     names = {int(k): v.replace("_", " ") for k, v in entries}
-    files = sorted((folder / "val").glob("*.png"))
+    files = sorted((folder / "val").glob("[!.]*.png"))
     if not files:
         raise UserError(f"{folder / 'val'}: no PNG pictures there; `bash get_dataset.sh` fetches hw2_data")
     ids = [f.name.split("_")[0] for f in files]

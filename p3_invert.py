@@ -349,8 +349,6 @@ class Inversion:
         indices, most = range(self.recipe.validation_pictures), fitting_batch(self.model, self.recipe.size)
         parts = [indices[i : i + most] for i in range(0, len(indices), most)]
         for template, told in validation.items():
-            pictures = torch.cat([self.draw(template, part, seed=1000) for part in parts])
-            pictures = clip.images(pictures)
-            text = text_scores(clip, pictures, told)
-            scores.append(best_fifth(image_scores(clip, pictures, sources), text))
+            pictures = clip.images(torch.cat([self.draw(template, part, seed=1000) for part in parts]))
+            scores.append(best_fifth(image_scores(clip, pictures, sources), text_scores(clip, pictures, told)))
         return [sum(s) / len(s) for s in zip(*scores)]

@@ -73,10 +73,7 @@ def latents_of(model, prompts, indices, steps=25, scale=7.5, size=None, seed=0, 
     """`generate` before it decodes: latents of unit variance, float32 [len(indices), 4, h, w] on the model's device."""
     side = (size or own_size(model)) // model.first_stage_model.factor
     shape = [model.channels, side, side]
-    cond, uncond = (
-        model.get_learned_conditioning([prompts] if isinstance(prompts, str) else prompts),
-        model.get_learned_conditioning([""]),
-    )
+    cond, uncond = model.get_learned_conditioning(prompts), model.get_learned_conditioning("")
     x_T = noise_stream(seed, indices, shape)()
     options = {"unconditional_guidance_scale": scale, "unconditional_conditioning": uncond, "fast": fast}
     return DPMSolverSampler(model).sample(steps, len(indices), shape, cond, x_T=x_T, verbose=False, **options)[0]
@@ -115,7 +112,7 @@ def load_embeddings(tokens, folder, wanted):
     Takes every format that ldm reads, a bare tensor for the token that its file is named after, and .safetensors before
     others. A file learned with another text encoder is passed over, with a warning.
     """
-    files = [p for p in pathlib.Path(folder).glob("*") if p.suffix in (".safetensors", ".pt", ".bin")]
+    files = [p for p in pathlib.Path(folder).glob("[!.]*") if p.suffix in (".safetensors", ".pt", ".bin")]
     for path in sorted(files, key=lambda p: (p.suffix != ".safetensors", p)):
         named_after = [t for t in wanted if embedding_path(folder, t).stem == path.stem]
         vectors, metadata = read_embeddings(path, *named_after[:1])
@@ -133,16 +130,15 @@ def need_embeddings(tokens, folder, wanted):
     """load_embeddings of those of `wanted` that are not there yet; UserError where one has none."""
     missing = load_embeddings(tokens, folder, [t for t in wanted if t not in tokens])
     if missing:
-        raise UserError(
-            f"{folder}: {missing[0]} has no embedding for this model; train it with p3_textual_inversion.py"
-        )
+        raise UserError(f"{folder}: {missing[0]} has no embedding for this model; p3_textual_inversion.py trains it")
 
 
 def add_tokens(tokens, vectors, path, **metadata):
     """Adds the tokens of a file to those of a model; UserError, naming the file, where they do not fit."""
     for token, v in vectors.items():
+        own = {k: m[token] if isinstance(m, dict) and token in m else m for k, m in metadata.items()}
         try:
-            tokens.add(token, v, **metadata)
+            tokens.add(token, v, **own)
         except UserError as e:
             raise UserError(f"{path}: {e}") from None
 

@@ -39,9 +39,8 @@ class Pictures:
         try:
             with np.load(folder / "emoji.npz") as arrays:
                 self.images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).contiguous()
-                self.subject, self.vendor, self.split = (
-                    torch.from_numpy(arrays[k].astype(np.int64)) for k in ("subject", "vendor", "split")
-                )
+                columns = (torch.from_numpy(arrays[k].astype(np.int64)) for k in ("subject", "vendor", "split"))
+                self.subject, self.vendor, self.split = columns
             info = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
             self.subjects, self.vendors = [s["phrase"] for s in info["subjects"]], [v["name"] for v in info["vendors"]]
             self.splits = info["splits"]

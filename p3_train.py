@@ -121,9 +121,8 @@ def train_autoencoder(args, config, pictures):
     batches = Batches(len(train), lambda rows: images[draw(train, len(rows))])
     metrics = run(Autoencoding(autoencoder, args), batches, Batches(len(held_back), held_back.__getitem__))
     normalise_latents(autoencoder, images[train[:: max(1, len(train) // 512)]])
-    utils.save_checkpoint(
-        {"state_dict": autoencoder.state_dict(), "metrics": metrics}, args.out.parent / "autoencoder.pt"
-    )
+    content = {"state_dict": autoencoder.state_dict(), "metrics": metrics}
+    utils.save_checkpoint(content, args.out.parent / "autoencoder.pt")
 
 
 def draw(rows, n):
@@ -392,9 +391,8 @@ def main(argv=None):
         if not (out / result).is_file():
             pl.seed_everything(args.seed, verbose=False)
             train(stage_args(args, training, name, begin), config, pictures)
-    rank_zero_only(print)(
-        f"wrote {out}/{'model.ckpt' if args.start else '{autoencoder.pt,text.pt,clip.pt,model.ckpt}'}"
-    )
+    wrote = "model.ckpt" if args.start else "{autoencoder.pt,text.pt,clip.pt,model.ckpt}"
+    rank_zero_only(print)(f"wrote {out}/{wrote}")
 
 
 if __name__ == "__main__":

@@ -83,9 +83,7 @@ def parse(argv):
     if args.held_back and not args.gt:
         raise UserError("--held-back: of what? add --gt with a train.csv")
     if args.held_back and pathlib.Path(args.gt).with_name("val.csv").is_file():
-        raise UserError(
-            f"{args.gt}: p4_train.py learns from all of it; give the val.csv beside it, without --held-back"
-        )
+        raise UserError(f"{args.gt}: p4_train.py learns from all of it; give val.csv beside it, without --held-back")
     return args
 
 

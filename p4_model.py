@@ -97,29 +97,14 @@ class LabelPredictor(nn.Sequential):
     """Features [B, 128] -> logits of the digits [B, 10]."""
 
     def __init__(self):
-        # fmt: off
-        super().__init__(
-            nn.Linear(FEATURES, 128),
-            nn.ReLU(),
-            nn.Dropout(0.2),
-            nn.Linear(128, 10),
-        )
-        # fmt: on
+        super().__init__(nn.Linear(FEATURES, 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, 10))
 
 
 class DomainClassifier(nn.Sequential):
     """Features [B, 128] -> logits of SOURCE and TARGET [B, 2]; only training needs it."""
 
     def __init__(self):
-        # fmt: off
-        super().__init__(
-            nn.Linear(FEATURES, 256),
-            nn.ReLU(),
-            nn.Linear(256, 256),
-            nn.ReLU(),
-            nn.Linear(256, 2),
-        )
-        # fmt: on
+        super().__init__(nn.Linear(FEATURES, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2))
 
 
 class DigitNet(nn.Module):

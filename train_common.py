@@ -24,9 +24,7 @@ def add_run_options(parser, out):
     """The options that every training has."""
     option = parser.add_argument
     option("--out", default=out, help=f"folder of the run, resumed if last.ckpt is in it (default: {out})")
-    option(
-        "--epoch-steps", type=whole(), default=500, help="steps between two validations and checkpoints (default: 500)"
-    )
+    option("--epoch-steps", type=whole(), default=500, help="steps between validations and checkpoints (default: 500)")
     option("--warmup", type=whole(0), default=200, help="steps of rising learning rate (default: 200)")
     option("--max-epochs", type=whole(), help="stop after this epoch, with a resumable checkpoint")
     option("--max-time", type=duration, metavar="DD:HH:MM:SS", help="stop then, with a resumable checkpoint")

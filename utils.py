@@ -132,9 +132,7 @@ SEED = whole(0, 2**32 - 1)
 def add_device_options(parser, seed=0):
     """The options that every script has; `parser` makes args.device a torch.device."""
     parser.add_argument("--seed", type=SEED, default=seed)
-    parser.add_argument(
-        "--device", type=pick_device, default="auto", help="auto, cpu, cuda, cuda:1, mps ... (default: auto)"
-    )
+    parser.add_argument("--device", type=pick_device, default="auto", help="auto, cpu, cuda:1, mps ... (default: auto)")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
 
 

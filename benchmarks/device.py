@@ -38,7 +38,7 @@ COLUMNS = "| what | pictures | seconds | of the limit | pictures a second | peak
 
 
 def commands(args, folder):
-    """{problem: (script, its arguments by output folder, the course's limit in minutes, those for fewer pictures)}."""
+    """{problem: (script, the course's limit in minutes, arguments(output folder, whether for fewer pictures))}."""
     count, size = (2, 64) if args.quick else (10, 256)
     (folder / "noise").mkdir()
     for i in range(count):
@@ -49,24 +49,14 @@ def commands(args, folder):
         random_weights(128, unet)
     (folder / "one").mkdir()
     shutil.copy(folder / "noise/00.pt", folder / "one")
-    small = ["--num-per-digit", 2] if args.quick else []
-    few = ["--images", 1, "--steps", 8] if args.quick else []
-    sd = [CHECKPOINTS / "tiny.ckpt", "--embeddings", TASK / "embeddings"]
+    fewer, steps = (["--num-per-digit", 2], ["--images", 1, "--steps", 8]) if args.quick else ([], [])
+    sd = [CHECKPOINTS / "tiny.ckpt", "--embeddings", TASK / "embeddings", *steps]
+    svhn = folder / "hw2_1/shipped/svhn"
     return {
-        "hw2_1": ("p1_infer.py", lambda out: [out, *small], 15, lambda out: [out, "--num-per-digit", 1]),
-        "hw2_2": ("p2_ddim.py", lambda out: [folder / "noise", out, unet], 5, lambda out: [folder / "one", out, unet]),
-        "hw2_3, small": (
-            "p3_infer.py",
-            lambda out: [TASK / "input.json", out, *sd, *few],
-            15,
-            lambda out: [TASK / "input.json", out, *sd, "--images", 1, "--steps", few[-1] if few else 25],
-        ),
-        "hw2_4": (
-            "p4_infer.py",
-            lambda out: [folder / "hw2_1/shipped/svhn", out / "digits.csv", "--target", "svhn"],
-            None,
-            lambda out: [folder / "hw2_1/shipped/svhn", out / "digits.csv", "--target", "svhn"],
-        ),
+        "hw2_1": ("p1_infer.py", 15, lambda out, few: [out, *fewer, *["--num-per-digit", 1] * few]),
+        "hw2_2": ("p2_ddim.py", 5, lambda out, few: [folder / ("one" if few else "noise"), out, unet]),
+        "hw2_3, small": ("p3_infer.py", 15, lambda out, few: [TASK / "input.json", out, *sd, *["--images", 1] * few]),
+        "hw2_4": ("p4_infer.py", None, lambda out, few: [svhn, out / "digits.csv", "--target", "svhn"]),
     }
 
 
@@ -147,18 +137,16 @@ def furthest(ours, cpus):
     return max(distances, default=255)
 
 
-def measure(args, folder, name, script, whole, limit, few):
+def measure(args, folder, name, script, limit, arguments):
     """(row of the table, whether all is well) of a problem."""
     outs = {}
-    for run, device, options, precision in (
-        ("shipped", args.device, whole, []),
-        ("float32", args.device, few, ["--precision", "fp32"]),
-        ("cpu", "cpu", few, ["--precision", "fp32"]),
-    ):
+    fp32 = ["--precision", "fp32"]
+    for run, device, precision in (("shipped", args.device, []), ("float32", args.device, fp32), ("cpu", "cpu", fp32)):
         outs[run] = folder / name.split(",")[0] / run
         outs[run].mkdir(parents=True)
         begin = time.time()
-        result = table.in_own_process(__file__, "--device", device, "--worker", script, *options(outs[run]), *precision)
+        command = [script, *arguments(outs[run], run != "shipped"), *precision]
+        result = table.in_own_process(__file__, "--device", device, "--worker", *command)
         if run == "shipped":
             seconds, peak = time.time() - begin, result["peak"]
     made = contents(outs["shipped"])

@@ -79,10 +79,8 @@ def diffusers_peer(eps_model, config, noise, _, steps):
     from diffusers import DPMSolverMultistepScheduler
 
     alpha_bar = schedule(config["schedule"], config["T"])
-    beta = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-    scheduler = DPMSolverMultistepScheduler(
-        trained_betas=beta.numpy(), timestep_spacing="trailing", final_sigmas_type="zero"
-    )
+    beta = (1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])).numpy()
+    scheduler = DPMSolverMultistepScheduler(trained_betas=beta, timestep_spacing="trailing", final_sigmas_type="zero")
     scheduler.set_timesteps(steps)
     x = noise()
     for t in scheduler.timesteps:
@@ -130,9 +128,8 @@ class Fid:
         return self.scores(self.others, self.real)
 
     def scores(self, made, real):
-        return [frechet_distance(np.concatenate(made), np.concatenate(real))] + [
-            frechet_distance(m, r) for m, r in zip(made, real)
-        ]
+        pairs = (np.concatenate(made), np.concatenate(real)), *zip(made, real)
+        return [frechet_distance(*pair) for pair in pairs]
 
 
 def student(args, path):

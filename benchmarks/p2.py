@@ -165,11 +165,6 @@ def random_weights(channel, path):
     torch.save(unet.state_dict(), path)
 
 
-def measure(args, variant, unet, pictures):
-    options = [f"--{option}={getattr(args, option)}" for option in ("count", "size", "steps", "device")]
-    return in_own_process(__file__, "--worker", variant, "--unet", unet, "--pictures", pictures, *options)
-
-
 def pixels(x):
     """What p2_ddim.py writes: each picture stretched from its own range to 0..255."""
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
@@ -188,8 +183,7 @@ def row(args, variant, result, x, reference, slowest):
 
 
 def describe(args):
-    pictures = f"{args.count} of {args.size}x{args.size}, {args.steps} steps, channel {args.channel}"
-    return f"{describe_machine(args.device)}; {pictures}"
+    return f"{describe_machine(args.device)}; {args.count} of {args.size}x{args.size}, {args.steps} steps"
 
 
 # ------------------------------------------------------------------------ the quality of networks
@@ -207,7 +201,7 @@ def quality_table(args):
     inception = Inception(args.device)
     reference = inception(real[: args.count])
     lines = [
-        f"{describe_machine(args.device)}; {args.count} of {args.size}x{args.size}, {args.steps} steps",
+        describe(args),
         "",
         "| pictures | FID | cast r-g | cast g-b | mean r | mean g | mean b | "
         + " | ".join(f"noise, eta {eta:g}" for eta in ETAS)
@@ -268,7 +262,7 @@ def main(argv=None):
     if args.quality:
         return save_table(quality_table(args), args.out)
     lines = [
-        describe(args),
+        f"{describe(args)}, channel {args.channel}",
         "",
         "| variant | s an evaluation | of plain | s a picture | peak GB | greatest difference of x_0 | MSE of pixels |",
         "|---|---|---|---|---|---|---|",
@@ -279,8 +273,10 @@ def main(argv=None):
         unet = args.unet or folder / "unet.pt"
         if not args.unet:
             random_weights(args.channel, unet)
-        results = {v: measure(args, v, unet, folder / f"{v}.pt") for v in variants}
-        pictures = {v: load_checkpoint(folder / f"{v}.pt") for v in variants}
+        common = ["--unet", unet, *(f"--{name}={getattr(args, name)}" for name in ("count", "size", "steps", "device"))]
+        files = {v: folder / f"{v}.pt" for v in variants}
+        results = {v: in_own_process(__file__, "--worker", v, *common, "--pictures", file) for v, file in files.items()}
+        pictures = {v: load_checkpoint(file) for v, file in files.items()}
     plain_step = results["plain fp32"]["seconds"] / args.count / args.steps if "plain fp32" in results else None
     lines += [row(args, v, results[v], pictures[v], pictures.get("ours fp32"), plain_step) for v in variants]
     print("\n".join(lines))

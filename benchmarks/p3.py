@@ -126,11 +126,10 @@ def measure(opt):
     device = torch.device(opt.device)
     if opt.threads:
         torch.set_num_threads(opt.threads)
-    importlib.import_module(
-        "ldm.modules.encoders.modules" if opt.who.startswith("ours") else "diffusers.loaders.single_file"
-    )
+    ours = opt.who.startswith("ours")
+    importlib.import_module("ldm.modules.encoders.modules" if ours else "diffusers.loaders.single_file")
     begin = time.perf_counter()
-    network, decode = (load_ours if opt.who.startswith("ours") else load_diffusers)(opt, DTYPES[opt.precision])
+    network, decode = (load_ours if ours else load_diffusers)(opt, DTYPES[opt.precision])
     result = {"load_s": time.perf_counter() - begin, "load_gib": table.peak_memory(device) / 2**30}
     reuse_freed_memory()  # of both, as all scripts of this project do
     width = main_config(opt.tiny).model.params.unet_config.params.context_dim

@@ -79,9 +79,8 @@ def row(args, mode):
         scores = [label_free_score(m["labelled_accuracy"], m["mutual_information"]) for m in best]
         accuracy = spread([m["target_accuracy"] for m in best])
         cells.append(f"{accuracy} [{100 * statistics.mean(m['target_accuracy'] for m in last):.1f}]")
-        cells.append(
-            "-" if mode == "target" else f"{statistics.mean(scores):.3f}"
-        )  # its labelled images are the target's
+        # of "target" there is no score: its labelled images are the target's
+        cells.append("-" if mode == "target" else f"{statistics.mean(scores):.3f}")
         cells.append(f"{statistics.mean(m['seconds'] for m in last) / 60:.1f}")
     return f"| {MODES[mode][0]} | {' | '.join(cells)} |"
 
@@ -92,13 +91,8 @@ def parse(argv):
     option("--data", default="hw2_data/digits")
     option("--runs", default="runs/p4", help="folder of the runs, {target}_{mode}_{seed} (default: runs/p4)")
     option("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    option(
-        "--mode",
-        nargs="+",
-        choices=list(MODES),
-        default=["source", "dann", "refined", "target"],
-        help="rows (default: source dann refined target)",
-    )
+    rows = ["source", "dann", "refined", "target"]
+    option("--mode", nargs="+", choices=list(MODES), default=rows, help=f"rows (default: {' '.join(rows)})")
     option("--seeds", nargs="+", type=SEED, default=[0, 1, 2])
     option("--device", type=pick_device, default="auto")
     add_out_option(parser)
@@ -110,11 +104,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     output_folder(args.runs)
-    titles = [
-        t
-        for target in args.target
-        for t in (TARGETS[target] + ", %", "score, " + target.upper(), "minutes, " + target.upper())
-    ]
+    titles = [t for s in args.target for t in (f"{TARGETS[s]}, %", f"score, {s.upper()}", f"minutes, {s.upper()}")]
     options = f", {' '.join(args.options)}" if args.options else ""
     lines = [
         f"{describe_machine(args.device)}; {len(args.seeds)} seeds{options}",

@@ -108,9 +108,8 @@ def accuracy_bars(domains):
 
 def interpolation_curves(kinds):
     def draw(figure):
-        for axis, (name, title) in zip(
-            figure.subplots(1, 2), {"norms": "length of the noise", "contrasts": "contrast of the picture"}.items()
-        ):
+        titles = {"norms": "length of the noise", "contrasts": "contrast of the picture"}
+        for axis, (name, title) in zip(figure.subplots(1, 2), titles.items()):
             for (kind, told), colour in zip(kinds.items(), COLOURS):
                 axis.plot(told["alphas"], told[name], ".-", color=colour, label=kind)
             axis.set(title=title, xlabel="alpha", ylim=(0, None))

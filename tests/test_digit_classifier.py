@@ -49,6 +49,7 @@ def test_labels_are_the_first_character_of_the_name(judged, tmp_path):
     for domain in ("mnistm", "svhn"):
         (tmp_path / domain).mkdir()
         Image.fromarray(np.zeros((28, 28, 3), np.uint8)).save(tmp_path / domain / "4_001.png")
+        (tmp_path / domain / "._4_001.png").write_bytes(b"what macOS leaves beside a picture")
     judges = ["--checkpoint", judged / "lenet.pth", "--svhn-checkpoint", judged / "lenet.pth"]
     done = script("digit_classifier.py", "--folder", tmp_path, *judges)
     assert done.stdout.splitlines()[-1] == "acc = 1.0000"

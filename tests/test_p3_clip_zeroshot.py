@@ -105,6 +105,9 @@ def test_bad_input_is_one_line_and_code_2(data, clip_file, tmp_path, monkeypatch
 def test_a_picture_without_a_known_class_is_named(tmp_path):
     (tmp_path / "val").mkdir()
     (tmp_path / "id2label.json").write_text(json.dumps(NAMES))
+    (tmp_path / "val/._0_0.png").write_bytes(b"what macOS leaves beside a picture")
+    Image.new("RGB", (32, 32)).save(tmp_path / "val" / "0_0.png")
+    assert len(zeroshot.read_data(tmp_path)[0]) == 1
     Image.new("RGB", (32, 32)).save(tmp_path / "val" / "7_0.png")
     with pytest.raises(UserError, match="7_0.png"):
         zeroshot.read_data(tmp_path)

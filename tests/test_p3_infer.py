@@ -137,7 +137,9 @@ def test_two_embedding_files_equal_one_file_with_both(files, embeddings, tmp_pat
     tokens = p3_model.learned_tokens(apart)
     assert p3_model.load_embeddings(tokens, embeddings, ["<new2>", "<new1>"]) == []
     tokens.save(tmp_path / "both.pt")
-    assert p3_model.load_embeddings(p3_model.learned_tokens(together), tmp_path, ["<new1>", "<new2>"]) == []
+    both = p3_model.learned_tokens(together)
+    assert p3_model.load_embeddings(both, tmp_path, ["<new1>", "<new2>"]) == []
+    assert all(both.metadata[t]["init_word"] == tokens.metadata[t]["init_word"] for t in ("<new1>", "<new2>"))
     a, b = (m.get_learned_conditioning([prompt]) for m in (apart, together))
     assert torch.equal(a, b)
     assert not torch.allclose(a, apart.get_learned_conditioning(["a <new2> next to a <new1>"]), atol=1e-3)

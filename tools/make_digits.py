@@ -80,7 +80,7 @@ def photographs(raw, download):
         if not archive.is_file():
             fetch(BSDS500, archive)
         unpack_photographs(archive, raw / "BSDS500")
-    paths = sorted(raw.rglob("*.jpg"))
+    paths = sorted(raw.rglob("[!.]*.jpg"))
     if not paths:
         raise UserError(f"{raw}: no *.jpg below it; put the photographs of BSDS500 there")
     return [read_photograph(p) for p in tqdm(paths, desc="photographs", unit="picture", leave=False)]

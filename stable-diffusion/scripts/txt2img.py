@@ -80,12 +80,7 @@ def parse_args(argv=None):
     add("--W", type=number(int, 64, 4096), default=512, help="width in pixels, a multiple of 64 (default: 512)")
     add("--C", type=number(int, 1, 64), default=4, help="latent channels (default: 4)")
     add("--f", type=number(int, 1, 64), default=8, help="pixels a latent pixel (default: 8)")
-    add(
-        "--n_samples",
-        type=number(int, 1, 1000),
-        default=3,
-        help="batch size: pictures of a prompt an iteration (default: 3)",
-    )
+    add("--n_samples", type=number(int, 1, 1000), default=3, help="batch size: pictures of a prompt (default: 3)")
     add("--n_rows", type=number(int, 0, 1000), default=0, help="columns of the grid (default: n_samples)")
     add("--scale", type=number(float, -100, 100), default=7.5, help="guidance scale (default: 7.5)")
     add("--fast", action="store_true", help="half the work a picture: see ldm/models/diffusion/sampling.py")
@@ -93,12 +88,8 @@ def parse_args(argv=None):
     add("--ckpt", help=f"checkpoint, .ckpt or .safetensors (default: {' or '.join(CKPT)})")
     add("--embedding_path", nargs="*", default=[], help="files of learned embeddings for placeholders in prompts")
     add("--seed", type=number(int, 0, 4294967295), default=42)
-    add(
-        "--precision",
-        choices=["full", "autocast"],
-        default="autocast",
-        help="autocast: half precision on a GPU, float32 on a CPU; full: float32",
-    )
+    told = "autocast: half precision on a GPU, float32 on a CPU; full: float32"
+    add("--precision", choices=["full", "autocast"], default="autocast", help=told)
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
@@ -175,17 +166,9 @@ def generate(model, opt, prompts_of):
         for prompts in prompts_of:
             noise = noise_stream(opt.seed, range(done, done + len(prompts)), shape)
             uc = model.get_learned_conditioning([""] * len(prompts)) if opt.scale != 1.0 else None
-            latents, _ = sampler.sample(
-                opt.ddim_steps,
-                len(prompts),
-                shape,
-                model.get_learned_conditioning(prompts),
-                unconditional_guidance_scale=opt.scale,
-                unconditional_conditioning=uc,
-                eta=opt.ddim_eta,
-                noise=noise,
-                fast=opt.fast,
-            )
+            guidance = {"unconditional_guidance_scale": opt.scale, "unconditional_conditioning": uc, "fast": opt.fast}
+            c, steps = model.get_learned_conditioning(prompts), opt.ddim_steps
+            latents, _ = sampler.sample(steps, len(prompts), shape, c, eta=opt.ddim_eta, noise=noise, **guidance)
             for latent in latents.split(1):
                 image = ((model.decode_first_stage(latent) + 1) / 2).clamp(0, 1)[0]
                 yield (255 * image).permute(1, 2, 0).cpu().numpy().astype(np.uint8)
