@@ -6,7 +6,7 @@
 
 --folder holds mnistm/{digit}_{001..050}.png and svhn/...; the first character of a file's name is its label. SVHN is
 judged by the course's resnet34_svhn where its weights are cached or can be fetched from the hub, else by our own
-classifier; the output says by which.
+classifier; the output says by which. Judges compute in float32: --precision is of --train.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def train(args, device, dtype):
     net = LeNet if args.train == "mnistm" else DigitResNet
     model = net().to(device, memory_format=torch.channels_last)
     steps = args.epochs * (len(labels) // args.batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     scaler = utils.grad_scaler(device, dtype)
     bar = tqdm(range(args.epochs), desc=f"training {net.__name__} on {args.train}")

@@ -28,7 +28,8 @@ def load_digits(root, name, split="all", fraction=0.1):
     split: "train", "val" or "all". Validation is val.csv where it stands beside train.csv (2023 edition), else the
     `fraction` of images whose names hash lowest: the same ones on every machine, and a larger fraction contains a
     smaller one. The decoded images are cached beside the csv. Raises UserError for a missing folder or csv, a csv
-    row without its file, a file that is no picture of 28x28, and a label that is not 0..9.
+    row without its file, a file that is no picture of 28x28, a label that is not 0..9, and an
+    empty split.
     """
     folder = pathlib.Path(root) / name
     if not (folder / "train.csv").is_file():
@@ -41,6 +42,8 @@ def load_digits(root, name, split="all", fraction=0.1):
     images = _read_cached(folder, names)
     val = np.array(given_val if any(given_val) else [is_validation(n, fraction) for n in names])
     keep = {"all": np.ones(len(names), bool), "val": val, "train": ~val}[split]
+    if not keep.any():
+        raise UserError(f"{folder}: none of its {len(names)} pictures is for {split}; it needs more")
     return torch.from_numpy(images[keep]), torch.tensor(labels)[torch.from_numpy(keep)]
 
 
@@ -55,7 +58,9 @@ def read_csv(path):
     import pandas  # here: it costs half a second, and hw2_1.sh reads no csv
 
     try:
-        table = pandas.read_csv(path, dtype=str, index_col=False, na_filter=False, skip_blank_lines=False)
+        table = pandas.read_csv(
+            path, dtype=str, index_col=False, na_filter=False, skip_blank_lines=False, compression=None
+        )
         table = table[["image_name", "label"]]
     except (ValueError, KeyError) as e:  # no UTF-8, no table, other columns
         reason = "it lacks the column image_name or label" if isinstance(e, KeyError) else str(e)[:120]

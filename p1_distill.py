@@ -60,7 +60,7 @@ class Distillation(Training):
         loss, x_0 = self.loss(self.model, states, digit, domain)
         self.log("train_loss", loss)
         if self.critic:
-            fool, tell = self.contest(x_0, images[0].float() / 127.5 - 1, digit, domain)
+            fool, tell = self.contest(x_0, utils.to_float(images[0]), digit, domain)
             self.log_dict({"train_fool": fool, "train_tell": tell})
             loss = loss + self.args.adversarial * fool + tell
         return loss

@@ -80,6 +80,8 @@ def parse(argv):
     utils.add_device_options(parser)
     parser.set_defaults(precision="fp32")  # the same labels anywhere
     args = parser.parse_args(argv)
+    if args.gt and pathlib.Path(args.csv).suffix == ".json":
+        raise UserError(f"{args.csv}: the accuracy of --gt goes there; name a .csv")
     if args.held_back and not args.gt:
         raise UserError("--held-back: of what? add --gt with a train.csv")
     if args.held_back and pathlib.Path(args.gt).with_name("val.csv").is_file():
@@ -93,8 +95,9 @@ def main(argv=None):
     utils.reuse_freed_memory()
     device = args.device
     dtype = utils.pick_precision(args.precision, device)
-    target, mode = args.target or scenario_of(args.folder), args.mode
-    path = args.checkpoint or CHECKPOINTS / f"p4_{target}_{mode}.pt"
+    target = args.target or scenario_of(args.folder)
+    path = pathlib.Path(args.checkpoint or CHECKPOINTS / f"p4_{target}_{args.mode}.pt")
+    mode = path.name if args.checkpoint else args.mode
     net, config = load_digit_net(path)
     names, images = read_folder(args.folder)
     truth = read_truth(args.gt, names, HELD_BACK[target] if args.held_back else 1.0) if args.gt else {}

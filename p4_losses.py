@@ -20,7 +20,8 @@ BELIEF = 0.9  # part of the source's mean confidence from which a teacher's digi
 
 def adversarial(domain_logits_of, source, target, lambd):
     """-log D(f(x_s)) - log(1 - D(f(x_t))) of features [B, 128], minimised by the domain classifier `domain_logits_of`,
-    maximised by what gives the features, `lambd` times (Ganin et al. 2016, section 4.2)."""
+    maximised by what gives the features, `lambd` times (Ganin et al. 2016, section 4.2; the mean over both domains,
+    which is half of the paper's sum of their means)."""
     features = reverse_gradient(torch.cat([source, target]), lambd)
     domain = torch.arange(2 * len(source), device=source.device) // len(source)  # p4_model.SOURCE, TARGET
     return F.cross_entropy(domain_logits_of(features).float(), domain)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from utils import UserError, load_checkpoint, load_weights
+from utils import UserError, load_checkpoint, load_weights, to_float
 
 SOURCE, TARGET = 0, 1  # index of a domain, and the domain classifier's label
 FEATURES = 128
@@ -86,7 +86,7 @@ class FeatureExtractor(nn.Module):
         # fmt: on
 
     def forward(self, x, domain=SOURCE):
-        x = (x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x).contiguous(memory_format=torch.channels_last)
+        x = (to_float(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=torch.channels_last)
         x = (x - x.mean((2, 3), keepdim=True)) / (x.std((2, 3), keepdim=True) + 0.02)
         for layer in self.layers:
             x = layer(x, domain)

@@ -14,13 +14,15 @@ the epoch with the highest score, which is, in
 - any, with --oracle-selection: the accuracy on validation images of the target; the checkpoint's metrics say so.
 
 --refine trains the network of --start on, with a small adversarial loss and the parts it names, self-training where it
-names none: the EMA network, while it learns, teaches the target's digits that it is sure of (p4_losses.py).
+names none: the EMA network, while it learns, teaches the target's digits that it is sure of (p4_losses.py). Of it the
+defaults are batches of 64, lr 5e-4, EMA 0.995, a warm-up of 50 steps, lambda 0.01.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import pathlib
 import sys
 import time
 
@@ -42,13 +44,22 @@ PARTS = {"self-training": (1.0, 0.0), "entropy": (0.06, 0.0), "vat": (0.06, 1.0)
 REFINED = {"steps": 2000, "batch_size": 64, "lr": 5e-4, "ema": 0.995, "warmup": 50, "adversary": 0.01}  # its defaults
 
 
+def started(path, target):
+    """The DigitNet that --refine goes on from; UserError unless it is DANN's for that target, which saw no label."""
+    net, config = load_digit_net(path)
+    if (config.get("mode"), config.get("target")) != ("dann", target):
+        of = f"of --mode {config.get('mode')} --target {config.get('target')}"
+        raise UserError(f"{path}: {of}; --refine takes one of --mode dann --target {target}")
+    return net.train()
+
+
 class Adaptation(pl.LightningModule):
     """Batches are uint8 [B, 3, 28, 28] and labels [B] of a domain; in dann also uint8 [B, 3, 28, 28] of the target."""
 
     def __init__(self, config, args):
         super().__init__()
         self.config, self.args = config, args
-        self.net = load_digit_net(args.start)[0].train() if config["refine"] else DigitNet()
+        self.net = started(args.start, config["target"]) if config["refine"] else DigitNet()
         if config["mode"] == "dann":
             self.domains = DomainClassifier()
 
@@ -200,7 +211,7 @@ def parse(argv):
     if parser.parse_known_args(argv)[0].refine is not None:
         parser.set_defaults(**REFINED, out="runs/p4_{target}_refined")
     args = parser.parse_args(argv)
-    if args.source == args.target:
+    if args.source == args.target and args.mode != "target":
         raise UserError(f"--target {args.target}: it is the source too; take another one")
     if args.refine is not None and args.mode != "dann":
         raise UserError(f"--refine works on top of --mode dann, not {args.mode}")
@@ -208,6 +219,9 @@ def parse(argv):
         raise UserError(f"--start {args.start}: add --refine, or leave it out")
     args.refine = [] if args.refine is None else args.refine or ["self-training"]
     args.start = args.start or f"runs/p4_{args.target}_dann/best.pt"
+    if args.refine and not pathlib.Path(args.start).is_file():
+        first = f"train it without --refine, or take --start checkpoints/p4_{args.target}_dann.pt"
+        raise UserError(f"{args.start}: no such checkpoint; {first}")
     args.out = args.out.replace("{target}", args.target).replace("{mode}", args.mode)
     return args
 
@@ -219,6 +233,7 @@ def main(argv=None):
     out = output_folder(args.out)
     config = {"domain": SOURCE if args.mode == "source" else TARGET, "mode": args.mode}
     config.update(source=args.source, target=args.target, refine=args.refine, steps=args.steps)
+    config.update(plain=args.plain, adversary=args.adversary, oracle=args.oracle_selection)
     pl.seed_everything(args.seed, verbose=False)
     module = Adaptation(config, args)
     selection = Selection(out, images, labels, args.oracle_selection)

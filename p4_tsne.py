@@ -66,6 +66,7 @@ def parse(argv):
     parser.add_argument("--checkpoints", default=str(CHECKPOINTS))
     parser.add_argument("--count", type=whole(10), default=1000, help="images a domain (default: 1000)")
     add_device_options(parser)
+    parser.set_defaults(precision="fp32")  # the same maps anywhere
     return parser.parse_args(argv)
 
 
@@ -77,6 +78,7 @@ def main(argv=None):
     except ModuleNotFoundError:
         raise UserError("t-SNE needs scikit-learn; `pip install scikit-learn`") from None
     utils.reuse_freed_memory()
+    dtype = utils.pick_precision(args.precision, args.device)
     source, source_digits = read_domain(args.data, "mnistm", args.count)
     panels, digits, domains = {}, {}, {}
     with tqdm(total=2 * len(SCENARIOS), desc="t-SNE", unit="map") as bar:
@@ -86,7 +88,8 @@ def main(argv=None):
             domains[target] = np.repeat([0, 1], [len(source), len(images)])
             panels[target] = {}
             for mode, title in TRAININGS.items():
-                features = features_of(f"{args.checkpoints}/p4_{target}_{mode}.pt", (source, images), args.device)
+                with utils.autocast(args.device, dtype):
+                    features = features_of(f"{args.checkpoints}/p4_{target}_{mode}.pt", (source, images), args.device)
                 perplexity = min(30.0, (len(features) - 1) / 3)
                 points = TSNE(perplexity=perplexity, random_state=args.seed).fit_transform(features)
                 panels[target][title] = points

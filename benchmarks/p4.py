@@ -20,9 +20,10 @@ import sys
 from table import ROOT, add_out_option, describe_machine, save_table
 
 from p4_losses import label_free_score
+from p4_model import SCENARIOS
 from utils import SEED, Parser, UserError, cli, load_checkpoint, output_folder, pick_device
 
-TARGETS = {"svhn": "MNIST-M to SVHN", "usps": "MNIST-M to USPS"}
+TARGETS = {target: f"MNIST-M to {target.upper()}" for target in SCENARIOS}
 PLAIN = " without augmentation"
 MODES = {  # name: (title, options of p4_train.py); what --refine starts from is "dann", or "dann-plain" if plain
     "source": ("source only", ["--mode", "source"]),

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import digits
-from digits import BalancedDigits, is_validation, load_digits
+from digits import BalancedDigits, is_validation, load_digits, read_csv
 from utils import UserError
 
 
@@ -125,6 +125,19 @@ def test_each_kind_of_damage_names_the_file(tmp_path, damage, message):
     damage(tmp_path / "svhn")
     with pytest.raises(UserError, match=message):
         load_digits(tmp_path, "svhn")
+
+
+def test_a_split_without_a_picture_is_refused(tmp_path):
+    write_domain(tmp_path / "svhn", count=1)
+    with pytest.raises(UserError, match="svhn: none of its 1 pictures is for (val|train)"):
+        [load_digits(tmp_path, "svhn", split) for split in ("train", "val")]
+
+
+@pytest.mark.parametrize("suffix", ["zip", "xz", "csv.zst"])
+def test_a_csv_is_read_as_text_whatever_its_name(tmp_path, suffix):
+    (tmp_path / f"gt.{suffix}").write_text("no table")
+    with pytest.raises(UserError, match=f"gt.{suffix}: not a csv"):
+        read_csv(tmp_path / f"gt.{suffix}")
 
 
 def test_every_domain_and_digit_is_equally_frequent(tmp_path):

@@ -90,6 +90,18 @@ def test_mode_names_the_checkpoint_and_the_checkpoint_its_domain(work, tmp_path)
     assert rows(tmp_path / "refined.csv") != rows(tmp_path / "source.csv")
 
 
+def test_a_network_that_was_named_is_told_by_its_file(work, tmp_path, capsys):
+    infer(work / "svhn/data", tmp_path / "out.csv", "--checkpoint", work / "checkpoints/p4_usps_refined.pt")
+    assert "wrote 60 labels (svhn, p4_usps_refined.pt)" in capsys.readouterr().out
+
+
+def test_a_csv_that_the_accuracy_would_replace_is_refused(work, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        infer(work / "svhn/data", tmp_path / "out.json", "--gt", work / "svhn/train.csv")
+    assert stop.value.code == 2 and "out.json: the accuracy" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_batch_size_does_not_change_a_label(work, tmp_path):
     for size in (1, 7, 500):
         infer(work / "svhn/data", tmp_path / f"{size}.csv", "--batch-size", size)
@@ -122,7 +134,7 @@ def test_held_back_counts_only_what_training_never_sees(work, tmp_path, capsys):
     (tmp_path / "val.csv").touch()  # then p4_train.py learns from all of the csv beside it
     with pytest.raises(SystemExit):
         infer(work / "svhn/data", tmp_path / "again.csv", "--gt", tmp_path / "gt.csv", "--held-back")
-    assert "give the val.csv beside it" in capsys.readouterr().err
+    assert "give val.csv beside it" in capsys.readouterr().err
 
 
 def test_hw2_4_sh_takes_a_folder_and_a_csv(work, tmp_path):

@@ -17,6 +17,7 @@ pytest.importorskip("pytorch_lightning", reason="training needs requirements-dev
 
 import p4_infer
 import p4_train
+from digits import is_validation
 from p4_augment import SOURCE_ZOOM, augment, move
 
 SMALL = ["--steps", 6, "--epoch-steps", 3, "--batch-size", 8, "--warmup", 1, "--ema", 0.5, "--lr", 1e-2]
@@ -144,6 +145,15 @@ def test_a_stopped_training_resumes_to_the_same_weights(data, started, trained, 
     assert once["metrics"]["score"] == pytest.approx(twice["metrics"]["score"], abs=1e-3)
 
 
+def test_a_training_does_not_go_on_with_other_options(data, tmp_path, capsys):
+    options = ["--data", data, "--out", tmp_path, "--mode", "source", *SMALL]
+    train(*options, "--plain", "--max-epochs", 1)
+    for other in ([], ["--plain", "--oracle-selection"], ["--plain", "--adversary", 0.1]):
+        with pytest.raises(SystemExit) as stop:
+            train(*options, *other)
+        assert stop.value.code == 2 and "last.ckpt" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_it_learns_digits_of_a_domain_without_labels(data, tmp_path):
     steps = ["--steps", 90, "--epoch-steps", 30, "--batch-size", 16, "--lr", 5e-3, "--ema", 0.9]
     train("--data", data, "--out", tmp_path, "--mode", "dann", *SMALL, *steps)
@@ -193,18 +203,12 @@ def test_oracle_selection_is_named_in_the_checkpoint(data, tmp_path):
 
 def test_the_reported_accuracy_is_that_of_p4_infer(data, trained, tmp_path, capsys):
     _, labels = p4_train.load_digits(data, "svhn", "val", 0.2)
-    names = [f"{i:05d}.png" for i in range(120) if p4_train_validates(f"{i:05d}.png")]
+    names = [f"{i:05d}.png" for i in range(120) if is_validation(f"{i:05d}.png", 0.2)]
     with open(tmp_path / "gt.csv", "w", newline="") as f:
         csv.writer(f).writerows([("image_name", "label"), *zip(names, labels.tolist())])
     options = ["--checkpoint", trained / "last.pt", "--gt", tmp_path / "gt.csv", "--device", "cpu"]
     p4_infer.main([str(a) for a in (data / "svhn/data", tmp_path / "out.csv", *options)])
     assert f"accuracy {load(trained)['metrics']['target_accuracy']:.4f} (" in capsys.readouterr().out
-
-
-def p4_train_validates(name):
-    from digits import is_validation
-
-    return is_validation(name, 0.2)
 
 
 # ------------------------------------------------------------------------ augmentation
@@ -260,6 +264,9 @@ def test_views_are_not_mirrored():
         (["--start", "net.pt"], "--start net.pt: add --refine"),
         (["--refine", "--start", "/nowhere/net.pt"], "/nowhere/net.pt: no such"),
         (["--refine=entropy", "--start", "/nowhere/net.pt"], "/nowhere/net.pt: no such"),
+        (["--refine"], "runs/p4_svhn_dann/best.pt: no such checkpoint; train it without --refine"),
+        (["--refine", "--start", ROOT / "checkpoints/p4_usps_dann.pt"], "of --mode dann --target usps; --refine takes"),
+        (["--refine", "--start", ROOT / "checkpoints/p4_svhn_target.pt"], "of --mode target --target svhn"),
         (["--data", "/nowhere"], "/nowhere/mnistm/train.csv: not found"),
         (["--steps", 7, "--epoch-steps", 3], "--steps 7: take a multiple"),
     ],

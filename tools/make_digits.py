@@ -56,6 +56,8 @@ def fetch(url, path):
                     f.write(block)
                     bar.update(len(block))
     except (OSError, http.client.HTTPException) as e:
+        if getattr(e, "code", 0) == 416:  # no byte beyond what is there: the next try starts anew
+            part.unlink()
         raise UserError(f"{url}: cannot be fetched ({e}); try again, or give its files with --source DIR") from None
     if total and part.stat().st_size != total:
         raise UserError(f"{url}: stopped at {part.stat().st_size} of {total} bytes; run this again to go on")
@@ -180,7 +182,7 @@ def main(argv=None):
             print(f"{dest / name} is there already, and stays")
         else:
             write_domain(dest / name, *DOMAINS[name](raw, not args.source, args.seed))
-    print(f"wrote {dest}/{{{','.join(args.only)}}}")
+            print(f"wrote {dest / name}")
 
 
 if __name__ == "__main__":
