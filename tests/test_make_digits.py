@@ -136,6 +136,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         start = int(self.headers.get("Range", "bytes=0-")[6:-1])
         self.asked.append(start)
+        if start >= len(self.content):
+            return self.send_error(416)
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(self.content) - start))
         self.end_headers()
@@ -170,6 +172,15 @@ def test_photographs_are_fetched_and_a_broken_download_goes_on(server, tmp_path,
     assert (tmp_path / "BSDS500.zip").read_bytes() == Handler.content
     assert [p.shape for p in photos] == [(40, 50, 3)] * 2
     assert len(make_digits.photographs(tmp_path, download=True)) == 2 and len(Handler.asked) == 2, "kept"
+
+
+def test_a_download_that_was_killed_at_its_last_byte_is_made_anew(server, tmp_path):
+    Handler.content = b"all of it"
+    (tmp_path / "file.part").write_bytes(Handler.content)
+    with pytest.raises(UserError, match="416"):
+        make_digits.fetch(server, tmp_path / "file")
+    make_digits.fetch(server, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == Handler.content and Handler.asked == [len(Handler.content), 0]
 
 
 def test_offline_is_one_line_that_names_source(tmp_path, monkeypatch, capsys):
