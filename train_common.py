@@ -57,7 +57,8 @@ class MovingAverages(torch.nn.ModuleList):
     """Copies of a network, each an exponential moving average of its weights with a decay of its own.
 
     As a part of the module that is trained they go to its device and into its checkpoints; validation tells which of
-    them is best. The first steps decay faster, (1 + n)/(10 + n) after n, since the start is soon worth nothing.
+    them is best. The weights before the first step have no part in them, as in Adam's corrected averages (Kingma & Ba
+    2015, section 3); decay 1 is the plain mean.
     """
 
     def __init__(self, model, decays):
@@ -66,9 +67,10 @@ class MovingAverages(torch.nn.ModuleList):
 
     @torch.no_grad()
     def update(self, model, step):
+        """Takes in the weights after `step` steps, 1 or more."""
         for decay, average in zip(self.decays, self):
-            decay = min(decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+            newest = (1 - decay) / (1 - decay**step) if decay < 1 else 1 / step
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), newest)
 
 
 class Training(pl.LightningModule):

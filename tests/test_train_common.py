@@ -12,8 +12,31 @@ pytest.importorskip("pytorch_lightning")
 
 import pytorch_lightning as pl  # noqa: E402
 
-from train_common import Batches, MovingAverage, SaveBest, Training, WholeCheckpoints, fit, lightning_trainer  # noqa: E402
+from train_common import (
+    Batches,
+    MovingAverage,
+    MovingAverages,
+    SaveBest,
+    Training,
+    WholeCheckpoints,
+    fit,
+    lightning_trainer,
+)  # noqa: E402
 from utils import UserError  # noqa: E402
+
+
+def test_averages_of_several_decays_differ_and_forget_the_first_weights():
+    decays, network = [0.5, 0.999, 1.0], torch.nn.Linear(1, 1, bias=False)
+    network.weight.data.fill_(1e6)
+    averages = MovingAverages(network, decays)
+    for step in range(1, 9):
+        network.weight.data.fill_(step)
+        averages.update(network, step)
+    for decay, average in zip(decays, averages):
+        shares = [decay ** (8 - step) for step in range(1, 9)]
+        expected = sum(share * step for share, step in zip(shares, range(1, 9))) / sum(shares)
+        assert average.weight.item() == pytest.approx(expected, rel=1e-4)
+    assert averages[0].weight > averages[1].weight > averages[2].weight
 
 
 def test_a_checkpoint_that_does_not_fit_the_disk_leaves_the_one_before_it(tmp_path, monkeypatch):
