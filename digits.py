@@ -130,7 +130,7 @@ class BalancedDigits(Dataset):
         return self.length
 
     def __getitems__(self, indices):
-        number, pair = torch.tensor(indices) // 20, torch.tensor(indices) % 20
+        number, pair = torch.tensor([divmod(i, 20) for i in indices]).unbind(1)
         which = torch.randint(2**40, number.shape) if self.split == "train" else number
         rows = self.order[self.starts[pair] + which % self.counts[pair]]
         return self.images[rows], self.digits[rows], self.domains[rows]

@@ -45,16 +45,16 @@ def write_images(args, draw):
     for name in DOMAINS:
         utils.output_folder(out / name)
     n = args.num_per_digit
-    image = torch.arange(20 * n)
-    pair, number = image // n, image % n
-    with tqdm(total=len(image), desc="images", unit="image") as bar:
-        for part in image.split(args.batch_size):
-            *_, final = draw(pair[part] % 10, pair[part] // 10, pair[part] * PER_PAIR + number[part])
+    domain, digit, number = torch.cartesian_prod(torch.arange(2), torch.arange(10), torch.arange(n)).unbind(1)
+    seed = (10 * domain + digit) * PER_PAIR + number
+    with tqdm(total=len(seed), desc="images", unit="image") as bar:
+        for part in torch.arange(len(seed)).split(args.batch_size):
+            *_, final = draw(digit[part], domain[part], seed[part])
             bar.update(len(part))
             for i, picture in zip(part, utils.to_uint8(final).cpu()):
-                name = f"{DOMAINS[pair[i] // 10]}/{pair[i] % 10}_{number[i] + 1:03d}.png"
+                name = f"{DOMAINS[domain[i]]}/{digit[i]}_{number[i] + 1:03d}.png"
                 utils.save_png(picture, out / name)
-    return f"{len(image)} images in {out}/{{{','.join(DOMAINS)}}}"
+    return f"{len(seed)} images in {out}/{{{','.join(DOMAINS)}}}"
 
 
 def write_grids(args, draw):
@@ -62,8 +62,8 @@ def write_grids(args, draw):
     path = pathlib.Path(args.grid)
     files = []
     for d, name in enumerate(DOMAINS):
-        cell = torch.arange(100)
-        *_, final = draw(cell // 10, torch.full_like(cell, d), cell % 10)
+        digit, seed = torch.cartesian_prod(torch.arange(10), torch.arange(10)).unbind(1)
+        *_, final = draw(digit, torch.full_like(digit, d), seed)
         files.append(path.with_name(f"{path.stem}_{name}.png"))
         utils.save_png(utils.image_grid(enlarge(utils.to_uint8(final).cpu()), 10), files[-1])
     return " and ".join(map(str, files))

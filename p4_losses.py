@@ -23,7 +23,7 @@ def adversarial(domain_logits_of, source, target, lambd):
     maximised by what gives the features, `lambd` times (Ganin et al. 2016, section 4.2; the mean over both domains,
     which is half of the paper's sum of their means)."""
     features = reverse_gradient(torch.cat([source, target]), lambd)
-    domain = torch.arange(2 * len(source), device=source.device) // len(source)  # p4_model.SOURCE, TARGET
+    domain = torch.arange(2, device=source.device).repeat_interleave(len(source))  # p4_model.SOURCE, TARGET
     return F.cross_entropy(domain_logits_of(features).float(), domain)
 
 
