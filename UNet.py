@@ -101,7 +101,8 @@ def norm_groups(channel):
 
 
 class TimeEmbedding(nn.Module):
-    """[sin, cos](t * 10000^(-2i/dim)), i = 0 .. dim/2 - 1 (Vaswani et al. 2017, section 3.5): int64 [B] -> [B, dim]."""
+    """[sin, cos](t * 10000^(-2i/dim)), i = 0 .. dim/2 - 1 (Vaswani et al. 2017, section 3.5): int64 [B] -> [B, dim].
+    `persistent`: whether state dicts have its frequencies, as the course's do."""
 
     def __init__(self, dim, persistent=True):
         super().__init__()

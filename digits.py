@@ -28,8 +28,7 @@ def load_digits(root, name, split="all", fraction=0.1):
     split: "train", "val" or "all". Validation is val.csv where it stands beside train.csv (2023 edition), else the
     `fraction` of images whose names hash lowest: the same ones on every machine, and a larger fraction contains a
     smaller one. The decoded images are cached beside the csv. Raises UserError for a missing folder or csv, a csv
-    row without its file, a file that is no picture of 28x28, a label that is not 0..9, and an
-    empty split.
+    row without its file, a file that is no picture of 28x28, a label that is not 0..9, and an empty split.
     """
     folder = pathlib.Path(root) / name
     if not (folder / "train.csv").is_file():

@@ -49,11 +49,11 @@ def commands(args, folder):
         random_weights(128, unet)
     (folder / "one").mkdir()
     shutil.copy(folder / "noise/00.pt", folder / "one")
-    fewer, steps = (["--num-per-digit", 2], ["--images", 1, "--steps", 8]) if args.quick else ([], [])
+    small, steps = (["--num-per-digit", 2], ["--images", 1, "--steps", 8]) if args.quick else ([], [])
     sd = [CHECKPOINTS / "tiny.ckpt", "--embeddings", TASK / "embeddings", *steps]
     svhn = folder / "hw2_1/shipped/svhn"
     return {
-        "hw2_1": ("p1_infer.py", 15, lambda out, few: [out, *fewer, *["--num-per-digit", 1] * few]),
+        "hw2_1": ("p1_infer.py", 15, lambda out, few: [out, *small, *["--num-per-digit", 1] * few]),
         "hw2_2": ("p2_ddim.py", 5, lambda out, few: [folder / ("one" if few else "noise"), out, unet]),
         "hw2_3, small": ("p3_infer.py", 15, lambda out, few: [TASK / "input.json", out, *sd, *["--images", 1] * few]),
         "hw2_4": ("p4_infer.py", None, lambda out, few: [svhn, out / "digits.csv", "--target", "svhn"]),
