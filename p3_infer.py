@@ -265,7 +265,8 @@ def main(argv=None):
     out, dtype = pathlib.Path(args.out), utils.pick_precision(args.precision, args.device)
     model = p3_model.load_stable_diffusion(args.ckpt, args.device, dtype, args.config)
     args.size = args.size or p3_model.own_size(model)
-    tokens, missing, weights = p3_model.learned_tokens(model), tokens_in(prompts, concepts), p3_model.weights_id(model)
+    tokens, weights = p3_model.learned_tokens(model), p3_model.weights_id(model.model)
+    missing = tokens_in(prompts, concepts)
     if args.delta:
         weights += p3_model.load_delta(model, tokens, args.delta)
     for folder in (args.embeddings, pathlib.Path(args.json).parent / "embeddings", out / ".embeddings"):

@@ -279,7 +279,8 @@ class Inversion:
         settings = self.recipe._asdict()
         for name in ("steps", "validation_pictures", "average"):
             del settings[name]
-        return {**settings, "token": self.token, "model": weights_id(self.model), "precision": str(self.model.dtype)}
+        weights = weights_id(self.model.model)
+        return {**settings, "token": self.token, "model": weights, "precision": str(self.model.dtype)}
 
     def resume(self):
         """Goes on from an interrupted training with the same `identity`, where there is one."""
@@ -326,9 +327,9 @@ class Inversion:
         known = utils.read_json(path) if path.is_file() else {}
         if not isinstance(known, dict) or not all(map(is_pair, known.values())):
             raise UserError(f"{path}: no scores of steps; remove it")
-        sources, best = clip.images(files), None
+        sources, best, judge = clip.images(files), None, f"{clip.name} {weights_id(clip.network)}"
         for loss, step, vectors in tqdm(saved, desc=f"score {self.token}", unit="checkpoint"):
-            name = f"{clip.name}, {recipe.validation_pictures} pictures, mean of {recipe.average}, step {step}"
+            name = f"{judge}, {recipe.validation_pictures} pictures, mean of {recipe.average}, step {step}"
             if name not in known:
                 if best is not None and deadline is not None and time.monotonic() > deadline:
                     continue

@@ -45,9 +45,9 @@ def own_size(model):
     return model.image_size * model.first_stage_model.factor
 
 
-def weights_id(model):
+def weights_id(network):
     """Sixteen hexadecimal digits of the last layer's weights, which tell this network from others."""
-    return _digest(list(model.model.parameters())[-2:])
+    return _digest(list(network.parameters())[-2:])
 
 
 def _digest(tensors):

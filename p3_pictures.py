@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from classifiers import Inception
 from p3_clip import openai_clip
-from utils import UserError, affine_grid, to_float
+from utils import UserError, affine_grid, load_checkpoint, save_checkpoint, to_float
 
 # What captions may say, and how: {subject} with its article, {style}. The first is the one of previews and benchmarks.
 CAPTIONS = [
@@ -83,15 +84,34 @@ def distorted(x):
     return torch.where(blot, 1.0, x)
 
 
+def restyled(x):
+    """Images [B, 3, H, W] in [-1, 1], each in greys, in other colours, as lines or as a glyph, at random: what leaves
+    the subject to be seen, and not the style."""
+    gains = 0.4 + torch.rand(len(x), 3, 1, 1, device=x.device)
+    grey, recoloured = x.mean(1, keepdim=True), 1 - (1 - x.roll(1, 1)) * gains
+    glyph = torch.where(grey < (grey.mean((2, 3), keepdim=True) + 0.2).clamp(max=0.9), -1.0, 1.0)
+    kinds = torch.stack([y.expand_as(x) for y in (grey, recoloured, outlines(x), glyph)])
+    return kinds[torch.randint(4, (len(x),), device=x.device), torch.arange(len(x), device=x.device)]
+
+
+def outlines(x):
+    """Black where the slightly blurred image [B, 3, H, W] changes in any colour, white elsewhere: [B, 1, H, W]."""
+    x = F.avg_pool2d(F.pad(x, [1] * 4, mode="replicate"), 3, 1)
+    down, right = F.pad(x.diff(dim=2), [0, 0, 0, 1]), F.pad(x.diff(dim=3), [0, 1])
+    return 1 - (6 * (down**2 + right**2).sum(1, keepdim=True).sqrt()).clamp(max=2)
+
+
 class Words:
     """The words (tokens of CLIP's vocabulary) of some captions, numbered anew in their order.
 
-    ids [V] are their numbers in the whole vocabulary; the start and the end of a text are among them.
+    ids [V] are their numbers in the whole vocabulary; the start and the end of a text are among them. `length` is that
+    of the longest caption, at most as asked.
     """
 
     def __init__(self, captions, length):
         self.length = length
-        self.ids = self.tokens(captions).unique()
+        tokens = self.tokens(captions)
+        self.ids, self.length = tokens.unique(), int((tokens > 0).sum(1).max())
 
     def tokens(self, captions):
         return openai_clip.tokenize(captions, context_length=self.length, truncate=True)
@@ -99,6 +119,19 @@ class Words:
     def __call__(self, captions):
         """New numbers [B, length]."""
         return torch.searchsorted(self.ids, self.tokens(captions))
+
+
+def cache_sight(images, path, device, most=512):
+    """What Inception sees in images uint8 [N, 3, H, W], as directions [N, S]: its features along at most `most` of
+    their principal components, each divided by the root of its deviation. Read from `path`, or computed and written."""
+    if path.is_file():
+        return load_checkpoint(path)["sight"].float()
+    features = torch.from_numpy(Inception(device)(images))
+    features -= features.mean(0)
+    _, scale, axes = torch.linalg.svd(features, full_matrices=False)
+    sight = F.normalize(features @ axes[:most].T / scale[:most].clamp(min=1e-6).sqrt(), dim=1)
+    save_checkpoint({"sight": sight.half()}, path)
+    return sight
 
 
 @torch.no_grad()

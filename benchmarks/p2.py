@@ -190,8 +190,9 @@ def describe(args):
 
 
 def quality_table(args):
-    from fid import Inception, frechet_distance
+    from fid import frechet_distance
 
+    from classifiers import Inception
     from p2_train import read_faces
 
     real = torch.cat(read_faces(args.data, args.size))

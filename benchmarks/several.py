@@ -71,7 +71,7 @@ def parse(argv):
     option = parser.add_argument
     option("--json", type=pathlib.Path, default=ROOT / "tiny/textual_inversion/input.json", help="pictures beside it")
     option("--count", type=whole(), default=10, help="pictures a prompt")
-    option("--steps", type=whole(), nargs=2, default=[200, 10], help="of each delta; jointly, their mean")
+    option("--steps", type=whole(), nargs=2, default=[50, 100], help="of each delta; jointly, their mean")
     option("--batch-size", type=whole(), default=4, dest="batch")
     option("--lr", type=real(positive=True), default=1e-4, help="of one picture")
     option("--words", action="store_true", help="deltas start from words, not from the embeddings beside the JSON")

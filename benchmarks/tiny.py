@@ -25,13 +25,14 @@ import sys
 import time
 
 import torch
-from fid import Inception, frechet_distance
+from fid import frechet_distance
 from table import ROOT, add_out_option, describe_machine, save_table
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 import p3_model
 import utils
+from classifiers import Inception
 from p3_clip import best_fifth, image_scores, load_clip, text_scores
 from p3_concepts import image_files, read_concepts
 from p3_invert import kind_of

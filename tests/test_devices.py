@@ -21,6 +21,7 @@ from ldm.util import CONFIGS, read_config
 
 import diffusion
 import utils
+from classifiers import Inception
 from utils import pick_device, pick_precision, torch_version, training_precision
 
 if torch_version() < (2, 5):
@@ -312,6 +313,7 @@ def test_the_small_stable_diffusion_learns_the_same_on_the_device_and_waits_in_n
     data, tmp_path, waits, monkeypatch
 ):
     monkeypatch.setattr("p3_clip.save_clip", torch.save)  # its tracing, on the CPU, does not work under a Pretend
+    monkeypatch.setattr("p3_pictures.Inception", lambda device: Inception(torch.device("cpu")))  # nor does its archive
     config = read_config(CONFIGS["tiny"])
     config.model.params.unet_config.params.update(model_channels=32, channel_mult=[1, 1], attention_resolutions=[2])
     config.model.params.cond_stage_config.params.config.update(num_hidden_layers=2)

@@ -77,7 +77,7 @@ def test_hw2_3_sh_writes_what_the_grader_grades(clip, tmp_path, capsys):
     for entry in task.values():
         for name in ("prompt", "prompt_4_clip_eval", "baseline"):
             entry[name] = entry[name][:1]
-        entry["baseline"][0][1] = 10.0  # fewer steps than the baselines were measured with
+        entry["baseline"][0][1] *= 0.75  # fewer steps than the baselines were measured with
     (tmp_path / "input.json").write_text(json.dumps(task))
     command = ["bash", ROOT / "hw2_3.sh", tmp_path / "input.json", tmp_path / "out", CKPT, "--steps", "12"]
     done = subprocess.run([*command, "--embeddings", TASK / "embeddings"], capture_output=True, text=True)
@@ -92,4 +92,4 @@ def test_zero_shot_classification_is_far_above_chance(tmp_path):
     done = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "zeroshot.json").read_text())
-    assert result["images"] == len(result["per_class"]) == 66 and result["accuracy"] > 0.5
+    assert result["images"] == len(result["per_class"]) == 66 and result["accuracy"] > 0.75

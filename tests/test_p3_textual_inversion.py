@@ -190,7 +190,7 @@ def test_latents_are_sampled_anew_from_moments_encoded_once(model, tmp_path):
 
 
 class FakeClip:
-    name = "fake"
+    name, network = "fake", torch.nn.Linear(2, 2)
 
     def images(self, pictures):
         return torch.zeros(len(pictures), 2)
@@ -223,6 +223,10 @@ def test_the_lowest_loss_is_chosen_and_with_a_clip_the_best_score(model, tmp_pat
         assert step == 3 and float(vectors[0, 0]) == 3 and "grader" in why
         assert (scores["image"], scores["text"]) == (75, 33)
     assert calls == [2, 3, 1]  # the best held-back loss first
+
+    monkeypatch.setattr(FakeClip, "network", torch.nn.Linear(2, 2))  # other weights under the same name
+    training.choose([], FakeClip())
+    assert calls == [2, 3, 1] * 2
 
 
 @pytest.mark.parametrize(

@@ -205,8 +205,8 @@ def test_ctrl_c_says_where_the_same_line_goes_on(data, tmp_path, monkeypatch, ca
     assert stopped.value.code == 130 and capsys.readouterr().err.strip().splitlines()[-1] == said
 
 
-def test_a_caption_that_says_only_the_subject_is_right_for_every_style():
-    """Two pictures of one subject, told by subject alone: the loss is the lowest when both are as near."""
+def contrastive_losses(subject, vendor, captions, *several):
+    """Those of pictures, each told by a caption of CAPTIONS, for several tables of logits."""
 
     class Fixed(torch.nn.Module):
         logit_scale = torch.nn.Parameter(torch.zeros(()))
@@ -217,13 +217,58 @@ def test_a_caption_that_says_only_the_subject_is_right_for_every_style():
 
     module = p3_train.Contrastive(Fixed(), None)
     module.log = lambda *a: None
-    form = torch.tensor([p3_pictures.CAPTIONS.index("{subject}")] * 3)
-    batch = torch.zeros(3, 3, 64, 64), None, torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), form
-    near, losses = torch.tensor([[9.0, 9, 0], [9, 9, 0], [0, 0, 9]]), []
-    for logits in (near, 9 * torch.eye(3)):  # the second takes the other picture of the subject for wrong
+    form = torch.tensor([p3_pictures.CAPTIONS.index(c) for c in captions])
+    for logits in several:
         module.model.logits = logits
-        losses.append(float(module.training_step(batch, 0)))
-    assert losses[0] < 0.7 < 3 < losses[1]
+        batch = torch.zeros(len(form), 3, 64, 64), None, torch.tensor(subject), torch.tensor(vendor), form
+        yield float(module.training_step(batch, 0))
+
+
+def test_a_caption_that_says_only_the_subject_is_right_for_every_style():
+    """Two pictures of one subject, told by subject alone: the loss is the lowest when both are as near."""
+    near = torch.tensor([[9.0, 9, 0], [9, 9, 0], [0, 0, 9]])
+    alone = 9 * torch.eye(3)  # takes the other picture of the subject for wrong
+    both, one = contrastive_losses([0, 0, 1], [0, 1, 0], ["{subject}"] * 3, near, alone)
+    assert both < 0.7 < 3 < one
+
+
+def test_of_a_restyled_picture_a_caption_that_names_its_subject_and_a_style_is_neither_right_nor_wrong():
+    whole = "{subject}, in the style of {style}"
+    tables = [9 * torch.eye(3) for _ in range(3)]
+    tables[1][0, 1], tables[2][0, 2] = 20, 20  # the restyled picture is near to its subject, or to another
+    same, subject, other = contrastive_losses([0, 0, 1], [-1, 1, 1], ["{subject}", whole, whole], *tables)
+    assert same == subject < 3 < other
+
+
+def test_restyled_pictures_lose_their_colours_and_keep_white():
+    torch.manual_seed(0)
+    x = torch.ones(64, 3, 16, 16)
+    x[:, 1:, 4:12, 4:12] = -1  # a red square
+    y = p3_pictures.restyled(x)
+    assert y.shape == x.shape and torch.equal(y[:, :, :2], torch.ones(64, 3, 2, 16))
+    black, unlike = (y[:, :, 7, 7] == -1).all(1), (y[:, :, 4:12] != x[:, :, 4:12]).flatten(1).any(1)
+    assert unlike.all() and 0 < black.sum() < 64 and torch.equal(p3_pictures.restyled(0 * x + 1), 0 * x + 1)
+
+
+def test_what_inception_sees_is_computed_once(tmp_path, monkeypatch):
+    """Unit directions; pictures that look alike see alike."""
+    images = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[4] = images[3]
+    made = p3_pictures.cache_sight(images, tmp_path / "sight.pt", torch.device("cpu"))
+    assert made.shape == (5, 5) and torch.allclose(made.norm(dim=1), torch.ones(5))
+    cosines = made @ made.T
+    assert cosines[3, 4] > 0.999 and cosines[3, :3].max() < 0.9
+    monkeypatch.setattr(p3_pictures, "Inception", None)
+    again = p3_pictures.cache_sight(images, tmp_path / "sight.pt", torch.device("cpu"))
+    torch.testing.assert_close(again, made, atol=1e-3, rtol=0)
+
+
+def test_the_judges_heads_learn_and_stay_out_of_its_file(trained):
+    csv = next((trained / "judge/csv").rglob("metrics.csv")).read_text().splitlines()
+    assert {"train_subjects", "train_styles", "train_sight"} <= set(csv[0].split(","))
+    names = [k for k in torch.load(trained / "judge/last.ckpt", weights_only=False)["state_dict"] if "heads" in k]
+    assert len(names) == 6
+    assert not any("heads" in k for k in torch.jit.load(str(trained / "clip.pt")).state_dict())
 
 
 def test_transformers_names_is_the_inverse_of_openai_names(trained):
