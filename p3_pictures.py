@@ -123,9 +123,11 @@ class Words:
 
 def cache_sight(images, path, device, most=512):
     """What Inception sees in images uint8 [N, 3, H, W], as directions [N, S]: its features along at most `most` of
-    their principal components, each divided by the root of its deviation. Read from `path`, or computed and written."""
-    if path.is_file():
-        return load_checkpoint(path)["sight"].float()
+    their principal components, each divided by the root of its deviation. Read from `path` if it has as many, or
+    computed and written there."""
+    sight = load_checkpoint(path)["sight"].float() if path.is_file() else images[:0]
+    if len(sight) == len(images):
+        return sight
     features = torch.from_numpy(Inception(device)(images))
     features -= features.mean(0)
     _, scale, axes = torch.linalg.svd(features, full_matrices=False)

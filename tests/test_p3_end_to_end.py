@@ -77,7 +77,7 @@ def test_hw2_3_sh_writes_what_the_grader_grades(clip, tmp_path, capsys):
     for entry in task.values():
         for name in ("prompt", "prompt_4_clip_eval", "baseline"):
             entry[name] = entry[name][:1]
-        entry["baseline"][0][1] *= 0.75  # fewer steps than the baselines were measured with
+        entry["baseline"][0][1] *= 0.9  # fewer steps than the baselines were measured with
     (tmp_path / "input.json").write_text(json.dumps(task))
     command = ["bash", ROOT / "hw2_3.sh", tmp_path / "input.json", tmp_path / "out", CKPT, "--steps", "12"]
     done = subprocess.run([*command, "--embeddings", TASK / "embeddings"], capture_output=True, text=True)

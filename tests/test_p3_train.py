@@ -263,7 +263,7 @@ def test_what_inception_sees_is_computed_once(tmp_path, monkeypatch):
     torch.testing.assert_close(again, made, atol=1e-3, rtol=0)
 
 
-def test_the_judges_heads_learn_and_stay_out_of_its_file(trained):
+def test_the_judge_trains_heads_that_stay_out_of_its_file(trained):
     csv = next((trained / "judge/csv").rglob("metrics.csv")).read_text().splitlines()
     assert {"train_subjects", "train_styles", "train_sight"} <= set(csv[0].split(","))
     names = [k for k in torch.load(trained / "judge/last.ckpt", weights_only=False)["state_dict"] if "heads" in k]
