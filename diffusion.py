@@ -62,7 +62,7 @@ def q_sample(x_0, t, eps, alpha_bar):
     return a * x_0 + s * eps
 
 
-def training_loss(model, x_0, alpha_bar, objective="eps", min_snr=None, t=None, eps=None, perturb=0.0):
+def training_loss(model, x_0, alpha_bar, objective="eps", min_snr=None, t=None, eps=None, perturb=0.0, teacher=None):
     """The simple loss (Algorithm 1 and eq. 14 of Ho et al. 2020), one value per image: [B], float32.
 
     t, int64 [B] on the CPU, is by default uniform over all T times, 0 and T-1 among them; the model gets it on the
@@ -70,7 +70,7 @@ def training_loss(model, x_0, alpha_bar, objective="eps", min_snr=None, t=None, 
     alpha_bar) x_0 (Salimans & Ho 2022). `min_snr` = gamma caps the weight that the loss gives to x_0 errors at
     min(SNR, gamma) (Hang et al. 2023, section 3.4); None is the plain mean squared error. `perturb` = gamma adds gamma
     times other noise to the input's, of which the target knows nothing: input perturbation (Ning et al. 2023, algorithm
-    1), against the errors that sampling piles up.
+    1), against the errors that sampling piles up. With a `teacher` the target is what that predicts of the same input.
     """
     if t is None:
         t = torch.randint(len(alpha_bar), (len(x_0),))
@@ -79,9 +79,9 @@ def training_loss(model, x_0, alpha_bar, objective="eps", min_snr=None, t=None, 
     noise = eps + perturb * torch.randn_like(eps) if perturb else eps
     alpha, sigma = alpha_sigma(alpha_bar, t)
     a, s = beside(x_0, alpha, sigma)
-    target = eps if objective == "eps" else a * eps - s * x_0
-    predicted = model(q_sample(x_0, t, noise, alpha_bar), t.to(x_0.device, non_blocking=True))
-    loss = (predicted.float() - target).square().flatten(1).mean(1)
+    x_t, beside_t = q_sample(x_0, t, noise, alpha_bar), t.to(x_0.device, non_blocking=True)
+    target = teacher(x_t, beside_t).float() if teacher else eps if objective == "eps" else a * eps - s * x_0
+    loss = (model(x_t, beside_t).float() - target).square().flatten(1).mean(1)
     if min_snr is not None:
         snr = (alpha / sigma).square().flatten()
         weight = snr.clamp(max=min_snr) / (snr if objective == "eps" else snr + 1)

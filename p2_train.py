@@ -2,6 +2,7 @@
 
     python3 p2_train.py --data hw2_data/face/photos --out runs/p2       # the same line again resumes it
     python3 p2_train.py --out runs/p2_more --start checkpoints/p2_faces.pt      # with either objective
+    python3 p2_train.py --out runs/p2_guided --start GOOD --guide WORSE --perturb 0 --lr 3e-4     # distils autoguidance
 
 Leaves in --out: last.ckpt (resumable), best.pt (of all epochs and --ema decays the average with the lowest loss on
 held-back faces, in half precision; copy it to checkpoints/p2_faces.pt), samples/*.png (16 faces after every epoch),
@@ -39,12 +40,18 @@ class FaceDiffusion(Training):
 
     alpha_bar = schedule("linear", 1000)  # what p2_ddim.py samples with
 
-    def __init__(self, model, config, args):
+    def __init__(self, model, config, args, teacher=None):
         super().__init__(model, config, args)
         self.shares = time_shares(self.alpha_bar, *config["log_sigma"])
+        self.teacher = [teacher]  # in a list it is no part of what is trained, moved and saved
+
+    def on_fit_start(self):
+        if self.teacher[0]:
+            self.teacher[0].to(self.device, memory_format=torch.channels_last)
 
     def loss(self, model, images, t, **options):
         how = {"objective": self.config["objective"], "min_snr": self.config["min_snr"], "t": t}
+        how["teacher"] = self.teacher[0]
         return training_loss(model, utils.to_float(images), self.alpha_bar, **how, **options).mean()
 
     def training_step(self, images, _):
@@ -61,6 +68,19 @@ class FaceDiffusion(Training):
             draw = torch.Generator().manual_seed(i)
             eps = torch.randn(images.shape, generator=draw).to(self.device)
             self.log(f"val_loss_{decay}", self.loss(average, images, t, eps=eps), sync_dist=True)
+
+
+class Autoguided(torch.nn.Module):
+    """What a network predicts, guided by a worse one of the same data: worse + scale (good - worse) (Karras et al.
+    2024, Guiding a Diffusion Model with a Bad Version of Itself, eq. 3). Where both err, the worse one errs more."""
+
+    def __init__(self, good, worse, scale):
+        super().__init__()
+        self.good, self.worse, self.scale = good, worse, scale
+
+    @torch.no_grad()
+    def forward(self, x_t, t):
+        return torch.lerp(self.worse(x_t, t), self.good(x_t, t), self.scale)
 
 
 def draw(model, config):
@@ -102,6 +122,8 @@ def parse(argv):
     option("--data", default="hw2_data/face/photos", help="folder of pictures")
     option("--size", type=whole(32, 2048, 32), default=64, help="height and width, a multiple of 32 (default: 64)")
     option("--start", metavar="CHECKPOINT", help="go on from its weights; --channel is its own")
+    option("--guide", metavar="CHECKPOINT", help="a worse network: learn to predict what --start does, guided by it")
+    option("--guide-scale", type=real(1, 10), default=2.0, help="of that guidance; 1 = none (default: 2)")
     option("--channel", type=channel, default=32, help="width of the largest map; 128 is the course's (default: 32)")
     option("--objective", choices=["eps", "v"], default="v", help="what the network predicts (default: v)")
     option("--min-snr", type=real(0), default=0.0, help="gamma of the min-SNR loss weight; 0 = none (default: 0)")
@@ -109,9 +131,19 @@ def parse(argv):
     option("--perturb", type=real(0, 1), default=0.1, help="gamma of the input perturbation (default: 0.1)")
     add_training_options(parser, out="runs/p2", steps=7500, batch_size=32, lr=6e-4, ema=[0.999, 0.9995, 0.9999])
     args = parser.parse_args(argv)
+    if args.guide and not args.start:
+        raise UserError("--guide: give the network that it is to guide, --start")
     if args.log_sigma[1] < 0.1:
         raise UserError(f"--log-sigma: take a deviation of 0.1 or more, not {args.log_sigma[1]:g}")
     return args
+
+
+def autoguided(args):
+    networks = [load_unet(path) for path in (args.start, args.guide)]
+    for path, network in zip((args.start, args.guide), networks):
+        if network.objective != args.objective:
+            raise UserError(f"{path}: predicts {network.objective}, not {args.objective}; see --objective")
+    return Autoguided(*networks, args.guide_scale)
 
 
 def channel(text):
@@ -133,7 +165,9 @@ def main(argv=None):
     pl.seed_everything(args.seed, verbose=False)
     model = load_unet(args.start).requires_grad_(True) if args.start else UNet(channel=args.channel)
     config.update(channel=model.out[0].num_channels, min_snr=args.min_snr or None)
-    module = FaceDiffusion(model, config, args)
+    if args.guide:
+        config["guide_scale"] = args.guide_scale
+    module = FaceDiffusion(model, config, args, autoguided(args) if args.guide else None)
     trainer = lightning_trainer(args, [SaveBest(out, draw)])
     drawn = Batches(len(train), lambda rows: train[torch.randint(len(train), (len(rows),))])
     fit(args, trainer, module, drawn, Batches(len(val), val.__getitem__), "last.ckpt,best.pt,samples/")

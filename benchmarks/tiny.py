@@ -168,6 +168,7 @@ def parse(argv):
     parser = Parser(__doc__)
     option = parser.add_argument
     option("--data", default="runs/emoji", help="folder of emoji.npz and emoji.json")
+    option("--first", type=whole(0), default=0, help="of the held-back pairs (default: 0); choose on others")
     option("--count", type=whole(), default=200)
     option("--steps", type=whole(1, 1000), default=25)
     option("--scales", type=real(-100, 100), nargs="+", default=[1.0, 2.0, 4.0, 7.5])
@@ -187,7 +188,9 @@ def main(argv=None):
     pictures, device = Pictures(args.data), args.device
     if args.zeroshot:
         return write_zeroshot(pictures, args.zeroshot)
-    rows = pictures.rows("val")[: args.count]
+    rows = pictures.rows("val")[args.first : args.first + args.count]
+    if not len(rows):
+        raise UserError(f"--first {args.first}: {args.data} has {len(pictures.rows('val'))} held-back pairs")
     real, captions = pictures.images[rows], [pictures.caption(r) for r in rows]
     clip = load_clip(args.clip, device)
     if args.readable:

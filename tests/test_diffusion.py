@@ -97,6 +97,18 @@ def test_the_loss_vanishes_for_a_perfect_prediction(objective):
     assert training_loss(lambda x_t, t: target, x_0, ALPHA_BAR, objective, 5.0, t, eps).max() < 1e-10
 
 
+def test_a_teacher_sees_the_input_and_its_prediction_is_the_target():
+    x_0, t = torch.randn(8, 3, 4, 4), torch.arange(0, 800, 100)
+
+    def teacher(x_t, t):
+        return 2 * x_t + t.view(-1, 1, 1, 1)
+
+    loss = training_loss(
+        lambda x_t, t: teacher(x_t, t) + 0.5, x_0, ALPHA_BAR, "v", None, t, perturb=0.3, teacher=teacher
+    )
+    assert torch.allclose(loss, torch.tensor(0.25), rtol=1e-3)
+
+
 @pytest.mark.parametrize("objective", ["eps", "v"])
 def test_min_snr_weight_is_min_of_snr_and_gamma_on_the_x_0_error(objective):
     """An error d of the prediction is an x_0 error of (s/a) d for eps, s d for v; its square weighs min(SNR, 5)."""

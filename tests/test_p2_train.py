@@ -11,6 +11,7 @@ pytest.importorskip("pytorch_lightning", reason="training needs requirements-dev
 
 import p2_ddim
 import p2_train
+from UNet import load_unet
 
 SMALL = ["--size", 32, "--channel", 4, "--steps", 16, "--epoch-steps", 8, "--batch-size", 8, "--lr", 2e-3]
 SMALL += ["--warmup", 4, "--ema", 0.5, 0.8, "--precision", "fp32", "--device", "cpu"]
@@ -78,6 +79,29 @@ def test_start_goes_on_from_the_weights_of_another_objective(photos, trained, tm
         assert torch.allclose(value.float(), after["state_dict"][key].float(), atol=1e-4), key
 
 
+def test_guide_teaches_the_guided_prediction(photos, trained, tmp_path):
+    """Of a network and of one a little worse: the loss is 0 without guidance, and falls towards what is learned."""
+    other = torch.load(trained / "best.pt", weights_only=False)
+    for value in other["state_dict"].values():
+        value.mul_(0.95)
+    torch.save(other, tmp_path / "worse.pt")
+    options = ["--data", photos, *SMALL, "--start", trained / "best.pt", "--guide", tmp_path / "worse.pt"]
+    options += ["--perturb", 0]
+    train(*options, "--out", tmp_path / "none", "--guide-scale", 1, "--steps", 1, "--epoch-steps", 1, "--lr", 1e-9)
+    assert losses(tmp_path / "none", "val_loss_0.5") == [pytest.approx(0, abs=1e-9)]
+    train(*options, "--out", tmp_path / "run", "--guide-scale", 4)
+    first, last = losses(tmp_path / "run", "val_loss_0.5")
+    assert last < first
+
+    good, worse, student = (
+        load_unet(path) for path in (trained / "best.pt", tmp_path / "worse.pt", tmp_path / "run/best.pt")
+    )
+    x_t, t = torch.randn(16, 3, 32, 32), torch.arange(16) * 60
+    with torch.no_grad():
+        target = worse(x_t, t) + 4 * (good(x_t, t) - worse(x_t, t))
+        assert (student(x_t, t) - target).square().mean() < (good(x_t, t) - target).square().mean()
+
+
 def test_the_checkpoint_draws_pictures_and_is_half_precision_but_for_the_time(trained, tmp_path):
     state_dict = torch.load(trained / "best.pt", weights_only=False)["state_dict"]
     assert {k for k, v in state_dict.items() if v.dtype != torch.float16} == {"time.0.inv_freq"}
@@ -101,6 +125,7 @@ def test_photos_are_cropped_scaled_and_a_fixed_few_are_held_back(photos):
         (["--size", "48"], "--size: take a multiple of 32"),
         (["--channel", "30"], "--channel: channel 30"),
         (["--data", "/nowhere"], "/nowhere: 0 pictures"),
+        (["--guide", "worse.pt"], "--guide: give the network that it is to guide"),
     ],
 )
 def test_bad_options_are_one_line(options, says, tmp_path, capsys):
