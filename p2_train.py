@@ -27,7 +27,17 @@ from tqdm import tqdm
 import utils
 from diffusion import ddim, eps_from_v, run, schedule, time_batch, time_shares, timesteps, training_loss
 from digits import is_validation
-from train_common import Batches, SaveBest, Training, add_training_options, fit, lightning_trainer
+from train_common import (
+    Autoguided,
+    Batches,
+    SaveBest,
+    Training,
+    add_guide_options,
+    add_training_options,
+    check_guide,
+    fit,
+    lightning_trainer,
+)
 from UNet import UNet, load_unet, norm_groups
 from utils import Parser, UserError, cli, real, whole
 
@@ -43,15 +53,15 @@ class FaceDiffusion(Training):
     def __init__(self, model, config, args, teacher=None):
         super().__init__(model, config, args)
         self.shares = time_shares(self.alpha_bar, *config["log_sigma"])
-        self.teacher = [teacher]  # in a list it is no part of what is trained, moved and saved
-
-    def on_fit_start(self):
-        if self.teacher[0]:
-            self.teacher[0].to(self.device, memory_format=torch.channels_last)
+        self.teacher = teacher
 
     def loss(self, model, images, t, **options):
-        how = {"objective": self.config["objective"], "min_snr": self.config["min_snr"], "t": t}
-        how["teacher"] = self.teacher[0]
+        how = {
+            "objective": self.config["objective"],
+            "min_snr": self.config["min_snr"],
+            "t": t,
+            "teacher": self.teacher,
+        }
         return training_loss(model, utils.to_float(images), self.alpha_bar, **how, **options).mean()
 
     def training_step(self, images, _):
@@ -68,19 +78,6 @@ class FaceDiffusion(Training):
             draw = torch.Generator().manual_seed(i)
             eps = torch.randn(images.shape, generator=draw).to(self.device)
             self.log(f"val_loss_{decay}", self.loss(average, images, t, eps=eps), sync_dist=True)
-
-
-class Autoguided(torch.nn.Module):
-    """What a network predicts, guided by a worse one of the same data: worse + scale (good - worse) (Karras et al.
-    2024, Guiding a Diffusion Model with a Bad Version of Itself, eq. 3). Where both err, the worse one errs more."""
-
-    def __init__(self, good, worse, scale):
-        super().__init__()
-        self.good, self.worse, self.scale = good, worse, scale
-
-    @torch.no_grad()
-    def forward(self, x_t, t):
-        return torch.lerp(self.worse(x_t, t), self.good(x_t, t), self.scale)
 
 
 def draw(model, config):
@@ -122,8 +119,7 @@ def parse(argv):
     option("--data", default="hw2_data/face/photos", help="folder of pictures")
     option("--size", type=whole(32, 2048, 32), default=64, help="height and width, a multiple of 32 (default: 64)")
     option("--start", metavar="CHECKPOINT", help="go on from its weights; --channel is its own")
-    option("--guide", metavar="CHECKPOINT", help="a worse network: learn to predict what --start does, guided by it")
-    option("--guide-scale", type=real(1, 10), default=2.0, help="of that guidance; 1 = none (default: 2)")
+    add_guide_options(option)
     option("--channel", type=channel, default=32, help="width of the largest map; 128 is the course's (default: 32)")
     option("--objective", choices=["eps", "v"], default="v", help="what the network predicts (default: v)")
     option("--min-snr", type=real(0), default=0.0, help="gamma of the min-SNR loss weight; 0 = none (default: 0)")
@@ -131,8 +127,7 @@ def parse(argv):
     option("--perturb", type=real(0, 1), default=0.1, help="gamma of the input perturbation (default: 0.1)")
     add_training_options(parser, out="runs/p2", steps=7500, batch_size=32, lr=6e-4, ema=[0.999, 0.9995, 0.9999])
     args = parser.parse_args(argv)
-    if args.guide and not args.start:
-        raise UserError("--guide: give the network that it is to guide, --start")
+    check_guide(args)
     if args.log_sigma[1] < 0.1:
         raise UserError(f"--log-sigma: take a deviation of 0.1 or more, not {args.log_sigma[1]:g}")
     return args

@@ -2,6 +2,7 @@
 
     python3 p3_train.py                                         # all four; the same line again goes on with them
     python3 p3_train.py --out runs/more --start checkpoints/tiny.ckpt           # goes on with its network alone
+    python3 p3_train.py --out runs/guided --start GOOD --guide WORSE --guide-scale 1.5          # distils autoguidance
     python3 p3_train.py --set diffusion.steps=50000 diffusion.batch_size=64     # other than in the config's `training`
 
 DATA is what tools/make_emoji_dataset.py writes: emoji.npz and emoji.json. The judge learns also from Inception, of the
@@ -13,7 +14,9 @@ those that occur in captions), and for each stage a folder with last.ckpt (resum
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
+import functools
 import math
 import os
 import pathlib
@@ -47,7 +50,16 @@ from p3_pictures import (
     distorted,
     restyled,
 )
-from train_common import Batches, add_run_options, fit, lightning_trainer, warmup_cosine
+from train_common import (
+    Autoguided,
+    Batches,
+    add_guide_options,
+    add_run_options,
+    check_guide,
+    fit,
+    lightning_trainer,
+    warmup_cosine,
+)
 from utils import Parser, UserError, cli
 
 ATTENTION = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
@@ -271,21 +283,22 @@ def train_judge(args, config, pictures):
 
 class Diffusing(Stage):
     """The network of latent diffusion on cached latents [B, 2, 4, h, w] (mean and deviation) and conditionings
-    [B, M, D]. `preview(device)` draws what a validation shows.
+    [B, M, D]. `preview(device)` draws what a validation shows; with a `teacher` its predictions are the target.
 
     Min-SNR weights: else the least noised latents, which hold no shapes, outweigh the rest.
     """
 
-    def __init__(self, network, alpha_bar, preview, args):
+    def __init__(self, network, alpha_bar, preview, args, teacher=None):
         super().__init__(args, compiled=(network,))
         self.model = network.to(memory_format=torch.channels_last).requires_grad_(True).train()
-        self.alpha_bar, self.preview = alpha_bar.double(), preview
+        self.alpha_bar, self.preview, self.teacher = alpha_bar.double(), preview, teacher
 
     def loss(self, batch, noise=None, **how):
         """[B]; `noise` is the latents', the rest as diffusion.training_loss takes it."""
         (mean, std), cond = batch[0].float().unbind(1), batch[1].float()
         z = mean + std * (torch.randn_like(mean) if noise is None else noise)
-        return training_loss(lambda z_t, t: self.model(z_t, t, context=cond), z, self.alpha_bar, **how)
+        model, teacher = (n and functools.partial(n, context=cond) for n in (self.model, self.teacher))
+        return training_loss(model, z, self.alpha_bar, teacher=teacher, **how)
 
     def training_step(self, batch, _):
         loss = self.loss(batch, min_snr=self.args.min_snr).mean()
@@ -323,9 +336,20 @@ def begun(args, config):
     return model, text["ids"], 0
 
 
+def autoguided(args, model):
+    """The model's network as it is now, guided by that of --guide, which must have the same latents and words."""
+    worse = p3_model.load_stable_diffusion(args.guide, "cpu", torch.float32)
+    for part in ("first_stage_model", "cond_stage_model"):
+        ours, theirs = (getattr(m, part).state_dict() for m in (model, worse))
+        if ours.keys() != theirs.keys() or any(not torch.equal(ours[k], theirs[k]) for k in ours):
+            raise UserError(f"{args.guide}: its {part} is not that of {args.start}; take a model.ckpt that began there")
+    return Autoguided(copy.deepcopy(model.model.diffusion_model), worse.model.diffusion_model, args.guide_scale)
+
+
 def train_diffusion(args, config, pictures):
     train, val = pictures.rows("train"), pictures.rows("val")
     model, ids, before = begun(args, config)
+    teacher = autoguided(args, model) if args.guide else None
     model.to(args.device)
     latents = cache_latents(model.first_stage_model, pictures.images[train], args.variants)
     held_back = cache_latents(model.first_stage_model, pictures.images[val], 1)[0]
@@ -344,7 +368,7 @@ def train_diffusion(args, config, pictures):
         return p3_model.generate(model.to(device), captions[:32], range(len(captions[:32])), steps=20, scale=4.0)
 
     validation = Batches(len(val), lambda rows: (held_back[rows], torch.stack([conds[captions[r]] for r in rows])))
-    module = Diffusing(model.model.diffusion_model, model.alphas_cumprod, preview, args)
+    module = Diffusing(model.model.diffusion_model, model.alphas_cumprod, preview, args, teacher)
     metrics = run(module, Batches(len(train), batch), validation)
     name = pathlib.Path(args.config).stem
     utils.save_checkpoint(packed(model, name, ids, before + args.steps, metrics), args.out.parent / "model.ckpt")
@@ -397,10 +421,13 @@ def parse(argv):
     option("--data", default="runs/emoji", help="folder of emoji.npz and emoji.json")
     option("--config", default=str(CONFIGS["tiny"]), help="the model's YAML, with its `training`")
     option("--start", metavar="CKPT", help="a model.ckpt of this script: only its network is trained, and further")
+    add_guide_options(option)
     option("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other values than in the config's `training`")
     option("--compile", action="store_true", help="needs a C++ compiler")
     add_run_options(parser, out="runs/tiny")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_guide(args)
+    return args
 
 
 def fits(value, default):

@@ -44,6 +44,16 @@ def add_training_options(parser, out, steps, batch_size, lr, ema):
     option("--num_nodes", type=whole(), default=1)
 
 
+def add_guide_options(option):
+    option("--guide", metavar="CHECKPOINT", help="a worse network: learn to predict what --start does, guided by it")
+    option("--guide-scale", type=real(1, 10), default=2.0, help="of that guidance; 1 = none (default: 2)")
+
+
+def check_guide(args):
+    if args.guide and not args.start:
+        raise UserError("--guide: give the network that it is to guide, --start")
+
+
 def duration(text):
     """`type` of an option: DD:HH:MM:SS as a timedelta."""
     parts = re.fullmatch(r"(\d{1,4}):(\d{1,2}):(\d{1,2}):(\d{1,2})", text, re.ASCII)
@@ -51,6 +61,24 @@ def duration(text):
         raise UserError(f"take DD:HH:MM:SS, as 00:01:30:00 for an hour and a half, not {text[:40]!r}")
     days, hours, minutes, seconds = map(int, parts.groups())
     return datetime.timedelta(days, seconds, hours=hours, minutes=minutes)
+
+
+class Autoguided:
+    """What a network predicts of (x_t, t), guided by a worse one of the same data: worse + scale (good - worse)
+    (Karras et al. 2024, Guiding a Diffusion Model with a Bad Version of Itself, eq. 3).
+
+    Where both err, the worse one errs further. No module, so that it is no part of a training whose teacher it is.
+    """
+
+    def __init__(self, good, worse, scale):
+        networks = good, worse
+        self.networks = [n.eval().requires_grad_(False).to(memory_format=torch.channels_last) for n in networks]
+        self.scale = scale
+
+    @torch.no_grad()
+    def __call__(self, x_t, t, **given):
+        good, worse = (network.to(x_t.device)(x_t, t, **given) for network in self.networks)
+        return torch.lerp(worse, good, self.scale)
 
 
 class MovingAverages(torch.nn.ModuleList):

@@ -1,5 +1,6 @@
 """p3_train.py: the small model from pictures and captions to a checkpoint that everything else takes."""
 
+import csv
 import io
 import json
 import signal
@@ -63,10 +64,10 @@ def data(tmp_path_factory):
     return write_emoji(tmp_path_factory.mktemp("emoji"))
 
 
-def run(data, out, *options):
+def run(data, out, *options, training=()):
     options = ["--epoch-steps", "3", "--warmup", "1", *options]
     where = ["--data", str(data), "--out", str(out)]
-    p3_train.main([*where, "--device", "cpu", "--precision", "fp32", *options, "--set", *SMALL])
+    p3_train.main([*where, "--device", "cpu", "--precision", "fp32", *options, "--set", *SMALL, *training])
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +180,37 @@ def test_start_trains_the_network_of_a_model_further_and_nothing_else(trained, d
     a, b = before["state_dict"], after["state_dict"]
     changed = {k for k in a if not torch.equal(a[k], b[k])}
     assert a.keys() == b.keys() and changed and all(k.startswith("model.diffusion_model.") for k in changed)
+
+
+def test_guide_teaches_what_the_start_predicts_guided_by_a_worse_one(trained, data, tmp_path):
+    """Guided with scale 1 the start is itself, of which nothing is to be learned; with another, more."""
+    worse = torch.load(trained / "model.ckpt")
+    for key, value in worse["state_dict"].items():
+        if key.startswith("model.diffusion_model."):
+            value.mul_(0.9)
+    torch.save(worse, tmp_path / "worse.ckpt")
+    losses = {}
+    for scale in ("1", "3"):
+        options = ["--start", str(trained / "model.ckpt"), "--guide", str(tmp_path / "worse.ckpt")]
+        options += ["--guide-scale", scale]
+        run(data, tmp_path / scale, *options, training=["diffusion.lr=1e-9"])
+        (path,) = (tmp_path / scale / "diffusion/csv").rglob("metrics.csv")
+        with open(path, newline="") as f:
+            losses[scale] = [float(row["val_loss"]) for row in csv.DictReader(f) if row["val_loss"]]
+    assert losses["1"][0] < 1e-6 < 1e-4 < losses["3"][0]
+
+
+@pytest.mark.parametrize(
+    "key", ["first_stage_model.quant_conv.bias", "cond_stage_model.transformer.text_model.final_layer_norm.bias"]
+)
+def test_a_guide_of_other_latents_or_words_is_one_line(trained, data, tmp_path, capsys, key):
+    other = torch.load(trained / "model.ckpt")
+    other["state_dict"][key] += 1
+    torch.save(other, tmp_path / "other.ckpt")
+    with pytest.raises(SystemExit) as stopped:
+        run(data, tmp_path / "run", "--start", str(trained / "model.ckpt"), "--guide", str(tmp_path / "other.ckpt"))
+    assert stopped.value.code == 2
+    assert f"other.ckpt: its {key.split('.')[0]} is not that of" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, {"state_dict": torch.zeros(2)}, [torch.zeros(2)]])
