@@ -79,9 +79,9 @@ def training_loss(model, x_0, alpha_bar, objective="eps", min_snr=None, t=None, 
     noise = eps + perturb * torch.randn_like(eps) if perturb else eps
     alpha, sigma = alpha_sigma(alpha_bar, t)
     a, s = beside(x_0, alpha, sigma)
-    x_t, beside_t = q_sample(x_0, t, noise, alpha_bar), t.to(x_0.device, non_blocking=True)
-    target = teacher(x_t, beside_t).float() if teacher else eps if objective == "eps" else a * eps - s * x_0
-    loss = (model(x_t, beside_t).float() - target).square().flatten(1).mean(1)
+    x_t, times = q_sample(x_0, t, noise, alpha_bar), t.to(x_0.device, non_blocking=True)
+    target = teacher(x_t, times).float() if teacher else eps if objective == "eps" else a * eps - s * x_0
+    loss = (model(x_t, times).float() - target).square().flatten(1).mean(1)
     if min_snr is not None:
         snr = (alpha / sigma).square().flatten()
         weight = snr.clamp(max=min_snr) / (snr if objective == "eps" else snr + 1)

@@ -102,6 +102,17 @@ def test_guide_teaches_the_guided_prediction(photos, trained, tmp_path):
         assert (student(x_t, t) - target).square().mean() < (good(x_t, t) - target).square().mean()
 
 
+def test_a_guide_that_predicts_something_else_is_one_line(photos, trained, tmp_path, capsys):
+    other = torch.load(trained / "best.pt", weights_only=False)
+    other["config"]["objective"] = "eps"
+    torch.save(other, tmp_path / "eps.pt")
+    options = ["--start", trained / "best.pt", "--guide", tmp_path / "eps.pt"]
+    with pytest.raises(SystemExit) as stop:
+        train("--data", photos, "--out", tmp_path / "run", *options)
+    assert stop.value.code == 2
+    assert "eps.pt: predicts eps, not v" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_checkpoint_draws_pictures_and_is_half_precision_but_for_the_time(trained, tmp_path):
     state_dict = torch.load(trained / "best.pt", weights_only=False)["state_dict"]
     assert {k for k, v in state_dict.items() if v.dtype != torch.float16} == {"time.0.inv_freq"}
