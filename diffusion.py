@@ -70,7 +70,7 @@ def training_loss(model, x_0, alpha_bar, objective="eps", min_snr=None, t=None, 
     alpha_bar) x_0 (Salimans & Ho 2022). `min_snr` = gamma caps the weight that the loss gives to x_0 errors at
     min(SNR, gamma) (Hang et al. 2023, section 3.4); None is the plain mean squared error. `perturb` = gamma adds gamma
     times other noise to the input's, of which the target knows nothing: input perturbation (Ning et al. 2023, algorithm
-    1), against the errors that sampling piles up. With a `teacher` the target is what that predicts of the same input.
+    1), against the errors that sampling piles up. With a `teacher` the target is teacher(x_t, t), [B, C, H, W].
     """
     if t is None:
         t = torch.randint(len(alpha_bar), (len(x_0),))

@@ -64,8 +64,8 @@ def duration(text):
 
 
 class Autoguided:
-    """What a network predicts of (x_t, t), guided by a worse one of the same data: worse + scale (good - worse)
-    (Karras et al. 2024, Guiding a Diffusion Model with a Bad Version of Itself, eq. 3).
+    """What a network predicts of x_t [B, C, H, W] and t [B], guided by a worse one of the same data: worse + scale
+    (good - worse), [B, C, H, W] (Karras et al. 2024, Guiding a Diffusion Model with a Bad Version of Itself, eq. 3).
 
     Where both err, the worse one errs further. No module, so that it is no part of a training whose teacher it is.
     """

@@ -168,7 +168,7 @@ def parse(argv):
     parser = Parser(__doc__)
     option = parser.add_argument
     option("--data", default="runs/emoji", help="folder of emoji.npz and emoji.json")
-    option("--first", type=whole(0), default=0, help="of the held-back pairs (default: 0); choose on others")
+    option("--first", type=whole(0), default=0, help="held-back pairs to pass over (default: 0, the test)")
     option("--count", type=whole(), default=200)
     option("--steps", type=whole(1, 1000), default=25)
     option("--scales", type=real(-100, 100), nargs="+", default=[1.0, 2.0, 4.0, 7.5])

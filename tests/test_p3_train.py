@@ -296,8 +296,8 @@ def test_what_inception_sees_is_computed_once(tmp_path, monkeypatch):
 
 
 def test_the_judge_trains_heads_that_stay_out_of_its_file(trained):
-    csv = next((trained / "judge/csv").rglob("metrics.csv")).read_text().splitlines()
-    assert {"train_subjects", "train_styles", "train_sight"} <= set(csv[0].split(","))
+    lines = next((trained / "judge/csv").rglob("metrics.csv")).read_text().splitlines()
+    assert {"train_subjects", "train_styles", "train_sight"} <= set(lines[0].split(","))
     names = [k for k in torch.load(trained / "judge/last.ckpt", weights_only=False)["state_dict"] if "heads" in k]
     assert len(names) == 6
     assert not any("heads" in k for k in torch.jit.load(str(trained / "clip.pt")).state_dict())
