@@ -160,9 +160,10 @@ def main(argv=None):
     pl.seed_everything(args.seed, verbose=False)
     model = load_unet(args.start).requires_grad_(True) if args.start else UNet(channel=args.channel)
     config.update(channel=model.out[0].num_channels, min_snr=args.min_snr or None)
-    if args.guide:
-        config["guide_scale"] = args.guide_scale
-    module = FaceDiffusion(model, config, args, autoguided(args) if args.guide else None)
+    teacher = autoguided(args) if args.guide else None
+    if teacher:
+        config["guide"] = teacher.id
+    module = FaceDiffusion(model, config, args, teacher)
     trainer = lightning_trainer(args, [SaveBest(out, draw)])
     drawn = Batches(len(train), lambda rows: train[torch.randint(len(train), (len(rows),))])
     fit(args, trainer, module, drawn, Batches(len(val), val.__getitem__), "last.ckpt,best.pt,samples/")

@@ -43,7 +43,7 @@ class Settings(NamedTuple):
     size: int
     seed: int
     precision: str
-    weights: str  # p3_model.weights_id, and what names the delta
+    weights: str  # utils.weights_id, and what names the delta
     fast: bool
 
 
@@ -265,7 +265,7 @@ def main(argv=None):
     out, dtype = pathlib.Path(args.out), utils.pick_precision(args.precision, args.device)
     model = p3_model.load_stable_diffusion(args.ckpt, args.device, dtype, args.config)
     args.size = args.size or p3_model.own_size(model)
-    tokens, weights = p3_model.learned_tokens(model), p3_model.weights_id(model.model)
+    tokens, weights = p3_model.learned_tokens(model), utils.weights_id(model.model)
     missing = tokens_in(prompts, concepts)
     if args.delta:
         weights += p3_model.load_delta(model, tokens, args.delta)

@@ -26,7 +26,7 @@ import utils
 from diffusion import training_loss
 from p3_clip import best_fifth, image_scores, text_scores
 from p3_concepts import is_pair
-from p3_model import fitting_batch, generate, read_embeddings, weights_id
+from p3_model import fitting_batch, generate, read_embeddings
 from utils import UserError
 
 
@@ -279,7 +279,7 @@ class Inversion:
         settings = self.recipe._asdict()
         for name in ("steps", "validation_pictures", "average"):
             del settings[name]
-        weights = weights_id(self.model.model)
+        weights = utils.weights_id(self.model.model)
         return {**settings, "token": self.token, "model": weights, "precision": str(self.model.dtype)}
 
     def resume(self):
@@ -327,7 +327,7 @@ class Inversion:
         known = utils.read_json(path) if path.is_file() else {}
         if not isinstance(known, dict) or not all(map(is_pair, known.values())):
             raise UserError(f"{path}: no scores of steps; remove it")
-        sources, best, judge = clip.images(files), None, f"{clip.name} {weights_id(clip.network)}"
+        sources, best, judge = clip.images(files), None, f"{clip.name} {utils.weights_id(clip.network)}"
         for loss, step, vectors in tqdm(saved, desc=f"score {self.token}", unit="checkpoint"):
             name = f"{judge}, {recipe.validation_pictures} pictures, mean of {recipe.average}, step {step}"
             if name not in known:

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
-from utils import UserError, atomic, is_finite, load_checkpoint, noise_stream  # isort: skip  puts ldm on the path
-from utils import reuse_freed_memory, to_uint8, whole  # isort: skip
+from utils import UserError, atomic, digest, is_finite, load_checkpoint  # isort: skip  puts ldm on the path
+from utils import noise_stream, reuse_freed_memory, to_uint8, whole  # isort: skip
 
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.modules.textual_inversion import LearnedTokens, fingerprint, read_embeddings
@@ -43,19 +43,6 @@ def load_stable_diffusion(ckpt, device, dtype, config=None):
 def own_size(model):
     """The side in pixels of the pictures that a model was trained on: 512 for Stable Diffusion v1."""
     return model.image_size * model.first_stage_model.factor
-
-
-def weights_id(network):
-    """Sixteen hexadecimal digits of the last layer's weights, which tell this network from others."""
-    return _digest(list(network.parameters())[-2:])
-
-
-def _digest(tensors):
-    """Sixteen hexadecimal digits of the values of tensors, in their order."""
-    digest = hashlib.sha256()
-    for x in tensors:
-        digest.update(x.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def generate(model, prompts, indices, steps=25, scale=7.5, size=None, seed=0, fast=False):
@@ -145,10 +132,10 @@ def add_tokens(tokens, vectors, path, **metadata):
 
 def embedding_id(tokens, prompt):
     """Sixteen hexadecimal digits of the learned vectors that a prompt uses."""
-    digest = hashlib.sha256()
+    named = hashlib.sha256()
     for token in sorted(t for t in tokens.tokens if t in prompt):
-        digest.update(token.encode() + tokens[token].detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        named.update(token.encode() + tokens[token].detach().float().cpu().numpy().tobytes())
+    return named.hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------- deltas of p3_custom_diffusion.py
@@ -165,7 +152,7 @@ def keys_and_values(model):
 
 def model_id(model):
     """Tells this model's text encoder and network from others, in any precision: rounding leaves signs as they are."""
-    signs = _digest(p.half() > 0 for p in list(model.model.parameters())[-2:])
+    signs = digest(p.half() > 0 for p in list(model.model.parameters())[-2:])
     return f"{fingerprint(model.cond_stage_model.transformer)} {signs}"
 
 
@@ -204,4 +191,4 @@ def load_delta(model, tokens, path):
     add_tokens(tokens, vectors, path)
     for name, p in keys_and_values(model).items():
         p.data = (p.data.float() + differences[name].to(p.device)).to(p.dtype)
-    return _digest([*vectors.values(), *differences.values()])
+    return digest([*vectors.values(), *differences.values()])

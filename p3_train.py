@@ -56,6 +56,7 @@ from train_common import (
     add_guide_options,
     add_run_options,
     check_guide,
+    check_same,
     fit,
     lightning_trainer,
     warmup_cosine,
@@ -304,6 +305,12 @@ class Diffusing(Stage):
         loss = self.loss(batch, min_snr=self.args.min_snr).mean()
         self.log("train_loss", loss)
         return loss
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["guide"] = self.teacher and self.teacher.id
+
+    def on_load_checkpoint(self, checkpoint):
+        check_same(checkpoint, "guide", self.teacher and self.teacher.id, self.args.out)
 
     def validation_step(self, batch, i):
         draw = torch.Generator().manual_seed(i)

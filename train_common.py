@@ -63,6 +63,13 @@ def duration(text):
     return datetime.timedelta(days, seconds, hours=hours, minutes=minutes)
 
 
+def check_same(checkpoint, name, ours, out):
+    """UserError where a last.ckpt says that its training had something else than this one, as other options."""
+    if checkpoint.get(name, ours) != ours:
+        told = f"{out}/last.ckpt: of a training with another {name} ({checkpoint[name]})"
+        raise UserError(f"{told[:200]}; give the same, or another --out")
+
+
 class Autoguided:
     """What a network predicts of x_t [B, C, H, W] and t [B], guided by a worse one of the same data: worse + scale
     (good - worse), [B, C, H, W] (Karras et al. 2024, Guiding a Diffusion Model with a Bad Version of Itself, eq. 3).
@@ -74,6 +81,7 @@ class Autoguided:
         networks = good, worse
         self.networks = [n.eval().requires_grad_(False).to(memory_format=torch.channels_last) for n in networks]
         self.scale = scale
+        self.id = " ".join([*map(utils.weights_id, networks), str(scale)])  # a training goes on with the same alone
 
     @torch.no_grad()
     def __call__(self, x_t, t, **given):
@@ -115,9 +123,7 @@ class Training(pl.LightningModule):
         checkpoint["config"] = self.config
 
     def on_load_checkpoint(self, checkpoint):
-        if checkpoint.get("config", self.config) != self.config:
-            told = f"{self.args.out}/last.ckpt: of a training with other options ({checkpoint['config']})"
-            raise UserError(f"{told[:200]}; give the same, or another --out")
+        check_same(checkpoint, "config", self.config, self.args.out)
 
     def on_train_batch_end(self, *_):
         self.averages.update(self.model, self.trainer.global_step)

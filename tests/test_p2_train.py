@@ -79,8 +79,9 @@ def test_start_goes_on_from_the_weights_of_another_objective(photos, trained, tm
         assert torch.allclose(value.float(), after["state_dict"][key].float(), atol=1e-4), key
 
 
-def test_guide_teaches_the_guided_prediction(photos, trained, tmp_path):
-    """Of a network and of one a little worse: the loss is 0 without guidance, and falls towards what is learned."""
+def test_guide_teaches_the_guided_prediction(photos, trained, tmp_path, capsys):
+    """Of a network and of one a little worse: the loss is 0 without guidance, and falls towards what is learned.
+    Another guide does not go on with it."""
     other = torch.load(trained / "best.pt", weights_only=False)
     for value in other["state_dict"].values():
         value.mul_(0.95)
@@ -100,6 +101,12 @@ def test_guide_teaches_the_guided_prediction(photos, trained, tmp_path):
     with torch.no_grad():
         target = worse(x_t, t) + 4 * (good(x_t, t) - worse(x_t, t))
         assert (student(x_t, t) - target).square().mean() < (good(x_t, t) - target).square().mean()
+
+    other["state_dict"]["out.2.bias"] += 1
+    torch.save(other, tmp_path / "worse.pt")
+    with pytest.raises(SystemExit):
+        train(*options, "--out", tmp_path / "run", "--guide-scale", 4)
+    assert "run/last.ckpt: of a training with another config" in capsys.readouterr().err
 
 
 def test_a_guide_that_predicts_something_else_is_one_line(photos, trained, tmp_path, capsys):

@@ -182,8 +182,9 @@ def test_start_trains_the_network_of_a_model_further_and_nothing_else(trained, d
     assert a.keys() == b.keys() and changed and all(k.startswith("model.diffusion_model.") for k in changed)
 
 
-def test_guide_teaches_what_the_start_predicts_guided_by_a_worse_one(trained, data, tmp_path):
-    """Guided with scale 1 the start is itself, of which nothing is to be learned; with another, more."""
+def test_guide_teaches_what_the_start_predicts_guided_by_a_worse_one(trained, data, tmp_path, capsys):
+    """Guided with scale 1 the start is itself, of which nothing is to be learned; with another, more.
+    Another guide does not go on with it."""
     worse = torch.load(trained / "model.ckpt")
     for key, value in worse["state_dict"].items():
         if key.startswith("model.diffusion_model."):
@@ -198,6 +199,11 @@ def test_guide_teaches_what_the_start_predicts_guided_by_a_worse_one(trained, da
         with open(path, newline="") as f:
             losses[scale] = [float(row["val_loss"]) for row in csv.DictReader(f) if row["val_loss"]]
     assert losses["1"][0] < 1e-6 < 1e-4 < losses["3"][0]
+
+    (tmp_path / "3" / "model.ckpt").unlink()
+    with pytest.raises(SystemExit):
+        run(data, tmp_path / "3", *options, "--guide-scale", "2", training=["diffusion.lr=1e-9"])
+    assert "diffusion/last.ckpt: of a training with another guide" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

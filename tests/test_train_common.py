@@ -155,5 +155,5 @@ def test_a_training_is_not_resumed_with_another_config(tmp_path):
     checkpoint = {}
     Training(torch.nn.Linear(1, 1), {"objective": "v", "log_sigma": [-0.5, 1.3]}, args).on_save_checkpoint(checkpoint)
     Training(torch.nn.Linear(1, 1), {"objective": "v", "log_sigma": [-0.5, 1.3]}, args).on_load_checkpoint(checkpoint)
-    with pytest.raises(UserError, match="last.ckpt: of a training with other options"):
+    with pytest.raises(UserError, match="last.ckpt: of a training with another config"):
         Training(torch.nn.Linear(1, 1), {"objective": "eps"}, args).on_load_checkpoint(checkpoint)
