@@ -225,7 +225,7 @@ class Inversion:
 
     def learn(self, examples, deadline=None):
         """Optimises the vectors; stops at `deadline` (time.monotonic) with everything saved."""
-        self.resume()
+        self.resume(examples)
         recipe, losses, first = self.recipe, self.losses, len(self.losses)
         bar = tqdm(range(first, recipe.steps), f"invert {self.token}", initial=first, total=recipe.steps, unit="step")
         for step in bar:
@@ -269,27 +269,27 @@ class Inversion:
         table = pandas.DataFrame({"step": range(1, step + 1), "loss": self.losses})
         with utils.atomic(self.work / "losses.csv") as temporary:
             table.to_csv(temporary, index=False, float_format="%.6f")
-        state = {"training": self.identity(), "losses": self.losses, "vectors": self.vectors.detach().cpu()}
+        state = {"training": self.identity(examples), "losses": self.losses, "vectors": self.vectors.detach().cpu()}
         state.update(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
         utils.save_checkpoint(state, self.work / "state.pt")
 
-    def identity(self):
+    def identity(self, examples):
         """What a resumed training must share with the one it goes on from: all but how long it is and how it is
         judged."""
         settings = self.recipe._asdict()
         for name in ("steps", "validation_pictures", "average"):
             del settings[name]
-        weights = utils.weights_id(self.model.model)
-        return {**settings, "token": self.token, "model": weights, "precision": str(self.model.dtype)}
+        settings.update(model=utils.weights_id(self.model.model), precision=str(self.model.dtype))
+        return {**settings, "token": self.token, "captions": utils.json_id(examples.captions)}
 
-    def resume(self):
+    def resume(self, examples):
         """Goes on from an interrupted training with the same `identity`, where there is one."""
         path = self.work / "state.pt"
         if not path.is_file():
             return
         state, changed = utils.load_checkpoint(path), ""
         with expecting(f"{path}: no state of a training; remove {self.work} to start anew"):
-            changed = ", ".join(k for k, v in self.identity().items() if state["training"].get(k) != v)
+            changed = ", ".join(k for k, v in self.identity(examples).items() if state["training"].get(k) != v)
             if not changed:
                 self.vectors.data.copy_(state["vectors"])
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -327,7 +327,8 @@ class Inversion:
         known = utils.read_json(path) if path.is_file() else {}
         if not isinstance(known, dict) or not all(map(is_pair, known.values())):
             raise UserError(f"{path}: no scores of steps; remove it")
-        sources, best, judge = clip.images(files), None, f"{clip.name} {utils.weights_id(clip.network)}"
+        sources, best = clip.images(files), None
+        judge = f"{clip.name} {utils.weights_id(clip.network)}, prompts {utils.json_id(self.validation())}"
         for loss, step, vectors in tqdm(saved, desc=f"score {self.token}", unit="checkpoint"):
             name = f"{judge}, {recipe.validation_pictures} pictures, mean of {recipe.average}, step {step}"
             if name not in known:
@@ -341,15 +342,16 @@ class Inversion:
                 best = image + 2.5 * text, step, vectors, {"held_back_loss": loss, "image": image, "text": text}
         return (*best[1:], "the grader's score on validation prompts")
 
+    def validation(self):
+        """{prompt with {} for the token: what its pictures should show}, which are the concept's or of our own."""
+        templates = STYLE_VALIDATION if self.kind == "style" else OBJECT_VALIDATION
+        return self.concept.validation or {t: t.replace("{}", self.concept.word) for t in templates}
+
     def grade(self, clip, sources):
-        """(image score, text score) as the course's grader has them, averaged over validation prompts of our own."""
-        validation, scores = self.concept.validation, []
-        if not validation:
-            templates = STYLE_VALIDATION if self.kind == "style" else OBJECT_VALIDATION
-            validation = {t: t.replace("{}", self.concept.word) for t in templates}
-        indices, most = range(self.recipe.validation_pictures), fitting_batch(self.model, self.recipe.size)
+        """(image score, text score) as the course's grader has them, averaged over the validation prompts."""
+        scores, indices, most = [], range(self.recipe.validation_pictures), fitting_batch(self.model, self.recipe.size)
         parts = [indices[i : i + most] for i in range(0, len(indices), most)]
-        for template, told in validation.items():
+        for template, told in self.validation().items():
             pictures = clip.images(torch.cat([self.draw(template, part, seed=1000) for part in parts]))
             scores.append(best_fifth(image_scores(clip, pictures, sources), text_scores(clip, pictures, told)))
         return [sum(s) / len(s) for s in zip(*scores)]

@@ -392,6 +392,11 @@ def digest(tensors):
     return sha.hexdigest()[:16]
 
 
+def json_id(content):
+    """Sixteen hexadecimal digits of what JSON can say."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
 def half(state_dict):
     """The same state dict with its floating-point tensors in float16, on the CPU."""
     return {k: v.detach().cpu().half() if v.is_floating_point() else v.detach().cpu() for k, v in state_dict.items()}

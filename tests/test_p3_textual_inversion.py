@@ -144,10 +144,13 @@ def test_out_of_time_a_training_stops_with_its_state_saved(model, tmp_path):
     assert torch.equal(p3_model.read_embeddings(tmp_path / "step_00001.safetensors")[0]["<new1>"], vectors)
 
 
-def test_a_training_with_other_settings_is_not_mixed_in(files, tmp_path):
+def test_a_training_with_other_settings_or_captions_is_not_mixed_in(files, tmp_path, monkeypatch):
     run(p3_tiny.load(files), tmp_path)
     with pytest.raises(UserError, match="another lr;"):
         run(p3_tiny.load(files), tmp_path, TINY._replace(lr=1e-4))
+    monkeypatch.setitem(globals(), "OBJECT_CAPTIONS", ["a {}"])
+    with pytest.raises(UserError, match="another captions;"):
+        run(p3_tiny.load(files), tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ data and captions
@@ -227,6 +230,10 @@ def test_the_lowest_loss_is_chosen_and_with_a_clip_the_best_score(model, tmp_pat
     monkeypatch.setattr(FakeClip, "network", torch.nn.Linear(2, 2))  # other weights under the same name
     training.choose([], FakeClip())
     assert calls == [2, 3, 1] * 2
+    monkeypatch.setattr(p3_invert, "STYLE_VALIDATION", ["{} at sea"])  # as another JSON may say
+    monkeypatch.setattr(p3_invert, "OBJECT_VALIDATION", ["{} at sea"])
+    training.choose([], FakeClip())
+    assert calls == [2, 3, 1] * 3
 
 
 @pytest.mark.parametrize(
