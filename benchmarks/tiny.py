@@ -13,7 +13,8 @@ p3_clip_zeroshot.py reads them, DIR/{vendor}/val and id2label.json.
 scores, for each prompt of the JSON, the best plain words in the token's place (of the seen subjects nearest to the
 source pictures, or of the seen styles) as the grader does, in the mean of --draws, which is what the JSON's baselines
 are, and beside it the learned token of the JSON's embeddings/. A row of the picture is a prompt: four of the sources,
-four pictures by the best words, four by the learned token. --readable DIR lists instead the subjects that prompts of
+four pictures by the best words, four by the learned token. With --embeddings DIR it scores the tokens of that folder
+alone, plain and with --fast, and needs no --data. --readable DIR lists instead the subjects that prompts of
 the style of <new2> can be graded by, DIR being the folder of its source pictures.
 """
 
@@ -117,11 +118,11 @@ def readable(pictures, clip, sources):
     return [f"{len(found)} of {len(both)} subjects", "", *head, *(f"| {' | '.join(map(str, row))} |" for row in found)]
 
 
-def scored(model, clip, prompt, told, sources, draws):
+def scored(model, clip, prompt, told, sources, draws, fast=False):
     """(the first 25 pictures of a prompt, uint8; the grader's image and text scores, the mean of `draws` times 25)."""
     pictures, scores = [], []
     for draw in range(draws):
-        pictures.append(p3_model.generate(model, prompt, range(25 * draw, 25 * draw + 25)))
+        pictures.append(p3_model.generate(model, prompt, range(25 * draw, 25 * draw + 25), fast=fast))
         scores.append(best_fifth(*graded(clip, clip.images(pictures[-1]), told, sources)))
     return pictures[0], [round(sum(s) / draws, 2) for s in zip(*scores)]
 
@@ -156,6 +157,22 @@ def inversion(model, clip, pictures, args):
     return lines
 
 
+def learned(model, clip, args):
+    """The table of the tokens of a folder, without and with `fast`, as lines."""
+    path, tokens, table = pathlib.Path(args.inversion), p3_model.learned_tokens(model), {}
+    concepts = read_concepts(path)
+    p3_model.need_embeddings(tokens, args.embeddings, [c.token for c in concepts])
+    for concept in concepts:
+        sources = clip.images(image_files(path.parent / concept.key))
+        for prompt, told in zip(concept.prompts, concept.eval_prompts):
+            given = model, clip, prompt, told, sources, args.draws
+            table[f"`{prompt}`"] = [score for fast in (False, True) for score in scored(*given, fast)[1]]
+    table["mean"] = [sum(column) / len(table) for column in zip(*table.values())]
+    lines = [f"{describe_machine(model.device)}; the best 5 of 25 pictures, mean of {args.draws} draws", ""]
+    lines += ["| prompt | image | text | image, `--fast` | text, `--fast` |", "|---" * 5 + "|"]
+    return lines + [f"| {name} | {' | '.join(f'{s:.2f}' for s in scores)} |" for name, scores in table.items()]
+
+
 def add_small_options(parser):
     """What all benchmarks of the small Stable Diffusion ask."""
     parser.add_argument("--ckpt", default=str(CHECKPOINTS / "tiny.ckpt"))
@@ -176,16 +193,28 @@ def parse(argv):
     option("--picture", metavar="FILE", help="real pictures above generated ones, at the third scale or the last")
     option("--zeroshot", metavar="DIR", help="only writes the held-back pictures for p3_clip_zeroshot.py")
     option("--inversion", metavar="JSON", help="the concepts of a JSON: plain words beside learned tokens")
+    option(
+        "--embeddings", metavar="DIR", help="with --inversion: only the tokens of this folder, plain and with --fast"
+    )
     option("--readable", metavar="DIR", help="only lists the subjects that the small CLIP reads in the held-back style")
     option("--draws", type=whole(), default=4, help="of 25 pictures a prompt for --inversion; the grader sees one")
     add_small_options(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.embeddings and not args.inversion:
+        raise UserError("--embeddings: give --inversion JSON, which says what they are to be scored by")
+    return args
 
 
 @cli
 def main(argv=None):
     args = parse(argv)
-    pictures, device = Pictures(args.data), args.device
+    device, precision = args.device, utils.pick_precision(args.precision, args.device)
+    if args.embeddings:
+        model = p3_model.load_stable_diffusion(args.ckpt, device, precision)
+        lines = learned(model, load_clip(args.clip, device), args)
+        print("\n".join(lines))
+        return save_table(lines, args.out)
+    pictures = Pictures(args.data)
     if args.zeroshot:
         return write_zeroshot(pictures, args.zeroshot)
     rows = pictures.rows("val")[args.first : args.first + args.count]
@@ -195,7 +224,7 @@ def main(argv=None):
     clip = load_clip(args.clip, device)
     if args.readable:
         return print("\n".join(readable(pictures, clip, clip.images(image_files(pathlib.Path(args.readable))))))
-    model = p3_model.load_stable_diffusion(args.ckpt, device, utils.pick_precision(args.precision, device))
+    model = p3_model.load_stable_diffusion(args.ckpt, device, precision)
     if args.inversion:
         lines = inversion(model, clip, pictures, args)
         print("\n".join(lines))

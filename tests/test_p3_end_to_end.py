@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -93,3 +94,25 @@ def test_zero_shot_classification_is_far_above_chance(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "zeroshot.json").read_text())
     assert result["images"] == len(result["per_class"]) == 66 and result["accuracy"] > 0.75
+
+
+def test_the_table_of_a_folder_s_tokens_has_both_ways(monkeypatch, capsys):
+    """Of the sources themselves drawn without --fast, and white pictures with it."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    tiny = pytest.importorskip("tiny", reason="benchmarks/tiny.py needs requirements-dev.txt")
+
+    def generate(model, prompt, indices, fast):
+        files = image_files(TASK / ("0" if "<new1>" in prompt else "1"))
+        shown = [torch.from_numpy(np.array(Image.open(f).convert("RGB"))) for f in files]
+        drawn = torch.stack(shown).permute(0, 3, 1, 2)[torch.tensor(indices) % len(shown)]
+        return torch.full_like(drawn, 255) if fast else drawn
+
+    monkeypatch.setattr(tiny.p3_model, "generate", generate)
+    tiny.main(["--inversion", str(TASK / "input.json"), "--embeddings", str(TASK / "embeddings"), "--draws", "1"])
+    rows = [
+        line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith(("| `", "| mean"))
+    ]
+    assert len(rows) == 5
+    scores = np.array([[float(score) for score in row[1:]] for row in rows])  # image, text, image with --fast, text
+    assert (scores[:, 0] > scores[:, 2] + 40).all() and scores[-1, 1] > scores[-1, 3] + 5
+    assert scores[-1] == pytest.approx(scores[:-1].mean(0), abs=0.01)
