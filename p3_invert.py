@@ -296,7 +296,7 @@ class Inversion:
                 self.scaler.load_state_dict(state["scaler"])
                 self.losses = [float(x) for x in state["losses"]]
         if changed:
-            raise UserError(f"{path}: of a training with another {changed}; remove {self.work} to start anew")
+            raise UserError(f"{path}: of a training with other {changed}; remove {self.work} to start anew")
 
     # ---------------------------------------------------------------------------- choice of a step
 

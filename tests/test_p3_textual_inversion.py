@@ -146,10 +146,10 @@ def test_out_of_time_a_training_stops_with_its_state_saved(model, tmp_path):
 
 def test_a_training_with_other_settings_or_captions_is_not_mixed_in(files, tmp_path, monkeypatch):
     run(p3_tiny.load(files), tmp_path)
-    with pytest.raises(UserError, match="another lr;"):
+    with pytest.raises(UserError, match="other lr;"):
         run(p3_tiny.load(files), tmp_path, TINY._replace(lr=1e-4))
     monkeypatch.setitem(globals(), "OBJECT_CAPTIONS", ["a {}"])
-    with pytest.raises(UserError, match="another captions;"):
+    with pytest.raises(UserError, match="other captions;"):
         run(p3_tiny.load(files), tmp_path)
 
 
