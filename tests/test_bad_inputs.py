@@ -581,6 +581,8 @@ def inversion(tmp_path_factory):
     ],
 )
 def test_a_file_of_textual_inversion_that_is_none_is_named(file, content, inversion, monkeypatch):
+    from p3_invert import Examples
+
     path = inversion.work / file
     before = path.read_bytes() if path.is_file() else None
     if isinstance(content, tuple):
@@ -588,7 +590,8 @@ def test_a_file_of_textual_inversion_that_is_none_is_named(file, content, invers
         path.write_bytes(safetensors.torch.save(tensors, {"textual_inversion": json.dumps(told)}))
     else:
         path.write_bytes(content.encode() if isinstance(content, str) else zipped(content))
-    read = {"state.pt": inversion.resume, "step_00002.safetensors": inversion.saved}.get(file)
+    examples = Examples(None, None, [["a {}"]])
+    read = {"state.pt": lambda: inversion.resume(examples), "step_00002.safetensors": inversion.saved}.get(file)
     with pytest.raises(UserError, match=f"{file}: ") as e:
         read() if read else inversion.choose([], clip=object())
     assert "remove" in str(e.value) or "correct it" in str(e.value)
