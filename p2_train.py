@@ -56,13 +56,8 @@ class FaceDiffusion(Training):
         self.teacher = teacher
 
     def loss(self, model, images, t, **options):
-        how = {
-            "objective": self.config["objective"],
-            "min_snr": self.config["min_snr"],
-            "t": t,
-            "teacher": self.teacher,
-        }
-        return training_loss(model, utils.to_float(images), self.alpha_bar, **how, **options).mean()
+        options.update({name: self.config[name] for name in ("objective", "min_snr")}, t=t, teacher=self.teacher)
+        return training_loss(model, utils.to_float(images), self.alpha_bar, **options).mean()
 
     def training_step(self, images, _):
         t = self.shares.multinomial(len(images), replacement=True)

@@ -14,8 +14,8 @@ scores, for each prompt of the JSON, the best plain words in the token's place (
 source pictures, or of the seen styles) as the grader does, in the mean of --draws, which is what the JSON's baselines
 are, and beside it the learned token of the JSON's embeddings/. A row of the picture is a prompt: four of the sources,
 four pictures by the best words, four by the learned token. With --embeddings DIR it scores the tokens of that folder
-alone, plain and with --fast, and needs no --data. --readable DIR lists instead the subjects that prompts of
-the style of <new2> can be graded by, DIR being the folder of its source pictures.
+alone, plain and with --fast, and needs no --data. --readable DIR lists instead the subjects that prompts of the style
+of <new2> can be graded by, DIR being the folder of its source pictures.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def inversion(model, clip, pictures, args):
 
 
 def learned(model, clip, args):
-    """The table of the tokens of a folder, without and with `fast`, as lines."""
+    """The table of the tokens in the folder --embeddings, plain and with --fast, as lines."""
     path, tokens, table = pathlib.Path(args.inversion), p3_model.learned_tokens(model), {}
     concepts = read_concepts(path)
     p3_model.need_embeddings(tokens, args.embeddings, [c.token for c in concepts])
