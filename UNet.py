@@ -17,36 +17,41 @@ from utils import UserError, attention, load_checkpoint, load_weights
 
 # The architecture, layer by layer. The keys number the layers of DOWN, MID and UP from 1: down1 ... mid1 ... up23.
 # Stem: the first convolution. R: residual block. A: residual block with attention. D: half the size. U: twice the size.
-# The digit is the width that comes out, in units of `channel`. The sizes of the maps are those of a 256x256 picture.
+# The digit is the resolution, 0 being the picture's; the sizes of the maps are those of a 256x256 picture.
 #       256x256        128x128     64x64       32x32       16x16       8x8
-DOWN = "Stem1 R1 R1 D1  R1 R1 D1    R2 R2 D2    R2 R2 D2    A4 A4 D4    R4 R4".split()
-MID = "A4 R4".split()
-UP = "R4 R4 R4 U4  A4 A4 A4 U4  R2 R2 R2 U2  R2 R2 R2 U2  R1 R1 R1 U1  R1 R1 R1".split()
+DOWN = "Stem0 R0 R0 D0  R1 R1 D1    R2 R2 D2    R3 R3 D3    A4 A4 D4    R5 R5".split()
+MID = "A5 R5".split()
+UP = "R5 R5 R5 U5  A4 A4 A4 U4  R3 R3 R3 U3  R2 R2 R2 U2  R1 R1 R1 U1  R0 R0 R0".split()
 #     8x8          16x16        32x32        64x64        128x128      256x256
 
 
 # fmt: off
 COURSE = {  # the course's constructor arguments, with the values of UNet.pt
-    "in_channel": 3, "channel_multiplier": [1, 1, 2, 2, 4, 4], "n_res_blocks": 2, "attn_strides": [16], "attn_heads": 1,
-    "use_affine_time": False, "dropout": 0, "fold": 1,
+    "in_channel": 3, "n_res_blocks": 2, "attn_strides": [16], "attn_heads": 1, "use_affine_time": False, "dropout": 0,
+    "fold": 1,
 }
 # fmt: on
+MULTIPLIER = 1, 1, 2, 2, 4, 4  # the widths of UNet.pt, by resolution, in units of `channel`
 
 
 class UNet(nn.Module):
     """x_t [B, 3, H, W] and time int64 [B] -> the predicted noise eps (or v: `objective`) [B, 3, H, W].
 
-    `channel` is the width of the largest map, a multiple of 4 that its groups divide; 128 is the course's network. Its
-    further arguments (see COURSE) may only have the values that the weights of UNet.pt are for.
+    `channel` is the width of the largest map, a multiple of 4 that its groups divide, and `channel_multiplier` are the
+    six resolutions' widths in units of it; 128 and MULTIPLIER are the course's network. Its further arguments (see
+    COURSE) may only have the values that the weights of UNet.pt are for.
     """
 
     objective = "eps"  # what it predicts; load_unet makes it "v" where the checkpoint says so
 
-    def __init__(self, in_channel=3, channel=128, **course):
+    def __init__(self, in_channel=3, channel=128, channel_multiplier=MULTIPLIER, **course):
         super().__init__()
         for name, value in {"in_channel": in_channel, **course}.items():
             if name not in COURSE or (list(value) if isinstance(value, tuple) else value) != COURSE[name]:
                 raise ValueError(f"UNet: {name}={value!r} is not the architecture of UNet.pt, the only one here")
+        if len(channel_multiplier) != 6 or not all(type(m) is int and 0 < m <= 16 for m in channel_multiplier):
+            raise ValueError(f"channel_multiplier {channel_multiplier}: take six whole numbers from 1 to 16")
+        self.channel, self.channel_multiplier = channel, tuple(channel_multiplier)
         groups, c_time = norm_groups(channel), 4 * channel
         self.time = nn.Sequential(
             TimeEmbedding(channel), nn.Linear(channel, c_time), nn.SiLU(), nn.Linear(c_time, c_time)
@@ -55,7 +60,7 @@ class UNet(nn.Module):
         self.path = []  # names of the layers in the order of forward()
         for part, layers in (("down", DOWN), ("mid", MID), ("up", UP)):
             for i, layer in enumerate(layers, start=1):
-                kind, c_out = layer[:-1], int(layer[-1]) * channel
+                kind, c_out = layer[:-1], channel_multiplier[int(layer[-1])] * channel
                 c_in = c + skips.pop() if part == "up" and kind != "U" else c
                 if kind == "Stem":
                     module = nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -182,15 +187,79 @@ def load_unet(path):
         state_dict, config = state_dict["state_dict"], state_dict.get("config", {})
     if not isinstance(state_dict, dict) or not all(torch.is_tensor(v) for v in state_dict.values()):
         raise UserError(f"{path}: no state dict in it; give the course's UNet.pt or a checkpoint of p2_train.py")
-    objective = config.get("objective", "eps") if isinstance(config, dict) else "eps"
+    config = config if isinstance(config, dict) else {}
+    objective = config.get("objective", "eps")
     if objective not in ("eps", "v"):
         raise UserError(f"{path}: its objective is {objective!r}, not eps or v; it is of another program")
     stem = state_dict.get("down1.weight", torch.empty(0))
     try:
         if tuple(stem.shape[1:]) != (3, 3, 3) or len(stem) > 512:
             raise ValueError("it must be [up to 512, 3, 3, 3]")
-        unet = UNet(channel=len(stem))
-        unet.objective = objective
-    except ValueError as e:
+        unet = UNet(channel=len(stem), channel_multiplier=config.get("channel_multiplier", MULTIPLIER))
+    except (TypeError, ValueError) as e:
         raise UserError(f"{path}: no down1.weight of the face network ({e}); it is of another network") from None
+    unet.objective = objective
     return load_weights(unet, state_dict, path).eval()
+
+
+@torch.no_grad()
+def widened(unet, channel_multiplier, noise=0.2):
+    """A copy of a UNet, wider by its multiplier, that predicts nearly the same: Net2WiderNet (Chen et al. 2016).
+
+    The channels of a layer are repeated in their order, so that they stay in their groups; what reads a channel that
+    is there n times weighs each by 1/n. So that copies can part, weights that are new get normal noise, `noise` times
+    the deviation of their layer's. Raises UserError for a multiplier that has no room for a layer of the old network.
+    """
+    if any(new < old for new, old in zip(channel_multiplier, unet.channel_multiplier)):
+        raise UserError(f"multiplier {channel_multiplier}: narrower than {unet.channel_multiplier}, where it starts")
+    wide = UNet(channel=unet.channel, channel_multiplier=channel_multiplier)
+    wide.time.load_state_dict(unet.time.state_dict())
+    emb = torch.arange(4 * unet.channel)
+
+    def fill(new, old, made, read=None):  # made, read: of each channel that comes out and goes in, its number in old
+        weight = old.weight[made]
+        if read is not None:
+            weight = weight[:, read] / read.bincount()[read].view(1, -1, *[1] * (weight.dim() - 2))
+            if weight.shape != old.weight.shape:
+                weight += noise * weight.std() * torch.randn_like(weight)
+        new.weight.copy_(weight), new.bias.copy_(old.bias[made])
+
+    here, skips = torch.arange(3), []  # numbers in the old network of the channels so far, and those of the skips
+    for name, layer in zip(unet.path, DOWN + MID + UP):
+        new, old = getattr(wide, name), getattr(unet, name)
+        wider, width = (net.channel_multiplier[int(layer[-1])] * net.channel for net in (wide, unet))
+        made = torch.arange(wider) * width // wider
+        if not isinstance(old, Block):
+            fill(*((new, old) if layer[0] == "S" else (new[-1], old[-1])), made, here)
+        else:
+            if name.startswith("up"):
+                here = torch.cat([here, int(here.max()) + 1 + skips.pop()])
+            n, o = new.resblocks, old.resblocks
+            fill(n.norm1, o.norm1, here)
+            fill(n.conv1, o.conv1, made, here)
+            fill(n.time[1], o.time[1], made, emb)
+            fill(n.norm2, o.norm2, made)
+            fill(n.conv2, o.conv2, made, made)
+            if isinstance(o.skip, nn.Conv2d) and isinstance(n.skip, nn.Identity):
+                raise UserError(f"multiplier {channel_multiplier}: {name} must go on changing the width, as it did")
+            if isinstance(n.skip, nn.Conv2d):
+                fill(n.skip, _identity(width) if isinstance(o.skip, nn.Identity) else o.skip, made, here)
+            if old.attention is not None:
+                n, o = new.attention, old.attention
+                fill(n.norm, o.norm, made)
+                fill(n.qkv, o.qkv, torch.cat([made, width + made, 2 * width + made]), made)
+                for part in (n.qkv.weight, n.qkv.bias):  # q k^T grows with the width, sqrt(c) less
+                    part[: 2 * wider] *= (width / wider) ** 0.25
+                fill(n.out, o.out, made, made)
+        here = made
+        if name.startswith("down"):
+            skips.append(made)
+    fill(wide.out[0], unet.out[0], here)
+    fill(wide.out[2], unet.out[2], torch.arange(3), here)
+    return wide
+
+
+def _identity(c):
+    layer = _zero(nn.Conv2d(c, c, 1))
+    nn.init.dirac_(layer.weight)
+    return layer

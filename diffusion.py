@@ -62,15 +62,19 @@ def q_sample(x_0, t, eps, alpha_bar):
     return a * x_0 + s * eps
 
 
-def training_loss(model, x_0, alpha_bar, objective="eps", min_snr=None, t=None, eps=None, perturb=0.0, teacher=None):
+def training_loss(
+    model, x_0, alpha_bar, objective="eps", min_snr=None, t=None, eps=None, perturb=0.0, teacher=None, plus=0.0
+):
     """The simple loss (Algorithm 1 and eq. 14 of Ho et al. 2020), one value per image: [B], float32.
 
     t, int64 [B] on the CPU, is by default uniform over all T times, 0 and T-1 among them; the model gets it on the
     device of x_0. `model(x_t, t)` predicts eps, or with objective "v" the velocity v = sqrt(alpha_bar) eps - sqrt(1 -
     alpha_bar) x_0 (Salimans & Ho 2022). `min_snr` = gamma caps the weight that the loss gives to x_0 errors at
-    min(SNR, gamma) (Hang et al. 2023, section 3.4); None is the plain mean squared error. `perturb` = gamma adds gamma
-    times other noise to the input's, of which the target knows nothing: input perturbation (Ning et al. 2023, algorithm
-    1), against the errors that sampling piles up. With a `teacher` the target is teacher(x_t, t), [B, C, H, W].
+    min(SNR + plus, gamma) (Hang et al. 2023, section 3.4; with plus 1 they weigh what they weigh in v, where there is
+    more noise than picture: Salimans & Ho 2022, section 4); None is the plain mean squared error. `perturb` = gamma
+    adds gamma times other noise to the input's, of which the target knows nothing: input perturbation (Ning et al.
+    2023, algorithm 1), against the errors that sampling piles up. With a `teacher` the target is teacher(x_t, t), [B,
+    C, H, W].
     """
     if t is None:
         t = torch.randint(len(alpha_bar), (len(x_0),))
@@ -84,7 +88,7 @@ def training_loss(model, x_0, alpha_bar, objective="eps", min_snr=None, t=None, 
     loss = (model(x_t, times).float() - target).square().flatten(1).mean(1)
     if min_snr is not None:
         snr = (alpha / sigma).square().flatten()
-        weight = snr.clamp(max=min_snr) / (snr if objective == "eps" else snr + 1)
+        weight = (snr + plus).clamp(max=min_snr) / (snr if objective == "eps" else snr + 1)
         loss = loss * beside(loss, weight)[0]
     return loss
 

@@ -2,6 +2,7 @@
 
     python3 p2_train.py --data hw2_data/face/photos --out runs/p2       # the same line again resumes it
     python3 p2_train.py --out runs/p2_more --start checkpoints/p2_faces.pt      # with either objective
+    python3 p2_train.py --out runs/p2_wider --start checkpoints/p2_faces.pt --multiplier 1 1 4 3 4 4    # grows first
     python3 p2_train.py --out runs/p2_guided --start GOOD --guide WORSE --perturb 0 --lr 3e-4     # distils autoguidance
 
 Leaves in --out: last.ckpt (resumable), best.pt (of all epochs and --ema decays the average with the lowest loss on
@@ -38,10 +39,11 @@ from train_common import (
     fit,
     lightning_trainer,
 )
-from UNet import UNet, load_unet, norm_groups
+from UNet import MULTIPLIER, UNet, load_unet, norm_groups, widened
 from utils import Parser, UserError, cli, real, whole
 
 TIMES = "normal distribution of log(sigma/alpha) of the times that are trained (default: -0.5 1.3)"
+MULTIPLIERS = "widths by resolution, in units of --channel; --start grows to them (default: its own, or 1 1 2 2 4 4)"
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -114,6 +116,7 @@ def parse(argv):
     option("--data", default="hw2_data/face/photos", help="folder of pictures")
     option("--size", type=whole(32, 2048, 32), default=64, help="height and width, a multiple of 32 (default: 64)")
     option("--start", metavar="CHECKPOINT", help="go on from its weights; --channel is its own")
+    option("--multiplier", type=whole(1, 16), nargs=6, metavar="M", help=MULTIPLIERS)
     add_guide_options(option)
     option("--channel", type=channel, default=32, help="width of the largest map; 128 is the course's (default: 32)")
     option("--objective", choices=["eps", "v"], default="v", help="what the network predicts (default: v)")
@@ -153,8 +156,12 @@ def main(argv=None):
     out = utils.output_folder(args.out)
     config = {name: getattr(args, name) for name in ("size", "objective", "log_sigma", "perturb")}
     pl.seed_everything(args.seed, verbose=False)
-    model = load_unet(args.start).requires_grad_(True) if args.start else UNet(channel=args.channel)
-    config.update(channel=model.out[0].num_channels, min_snr=args.min_snr or None)
+    if args.start:
+        model = load_unet(args.start)
+        model = (widened(model, args.multiplier) if args.multiplier else model).requires_grad_(True)
+    else:
+        model = UNet(channel=args.channel, channel_multiplier=args.multiplier or MULTIPLIER)
+    config.update(channel=model.channel, channel_multiplier=model.channel_multiplier, min_snr=args.min_snr or None)
     teacher = autoguided(args) if args.guide else None
     if teacher:
         config["guide"] = teacher.id

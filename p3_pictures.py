@@ -137,15 +137,13 @@ def cache_sight(images, path, device, most=512):
 
 
 @torch.no_grad()
-def cache_latents(autoencoder, images, variants):
-    """Mean and deviation of the latents of each picture, and of it moved: half [variants, N, 2, 4, h, w]."""
+def cache_latents(autoencoder, images):
+    """Mean and deviation of the latents of each picture: half [N, 2, 4, h, w]."""
     cached = []
-    for variant in range(variants):
-        for part in tqdm(images.split(64), f"latents {variant + 1} of {variants}", leave=False):
-            part = to_float(part.to(autoencoder.quant_conv.weight.device))
-            posterior = autoencoder.encode(moved(part) if variant else part)
-            cached.append(torch.stack([posterior.mean, posterior.std], dim=1).half().cpu())
-    return torch.cat(cached).unflatten(0, (variants, len(images)))
+    for part in tqdm(images.split(64), "latents", leave=False):
+        posterior = autoencoder.encode(to_float(part.to(autoencoder.quant_conv.weight.device)))
+        cached.append(torch.stack([posterior.mean, posterior.std], dim=1).half().cpu())
+    return torch.cat(cached)
 
 
 @torch.no_grad()

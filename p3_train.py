@@ -302,7 +302,7 @@ class Diffusing(Stage):
         return training_loss(model, z, self.alpha_bar, teacher=teacher, **how)
 
     def training_step(self, batch, _):
-        loss = self.loss(batch, min_snr=self.args.min_snr).mean()
+        loss = self.loss(batch, min_snr=self.args.min_snr, plus=self.args.plus).mean()
         self.log("train_loss", loss)
         return loss
 
@@ -358,18 +358,17 @@ def train_diffusion(args, config, pictures):
     model, ids, before = begun(args, config)
     teacher = autoguided(args, model) if args.guide else None
     model.to(args.device)
-    latents = cache_latents(model.first_stage_model, pictures.images[train], args.variants)
-    held_back = cache_latents(model.first_stage_model, pictures.images[val], 1)[0]
+    latents, held_back = (cache_latents(model.first_stage_model, pictures.images[rows]) for rows in (train, val))
     captions = [pictures.caption(r) for r in val]
     conds = cache_conditionings(model, ["", *pictures.captions(train), *captions])
     model.cpu()
 
     def batch(asked):
         n = len(asked)
-        i, variant, dropped = draw(torch.arange(len(train)), n), torch.randint(args.variants, (n,)), torch.rand(n)
+        i, dropped = draw(torch.arange(len(train)), n), torch.rand(n)
         told = [pictures.caption(train[k], f) for k, f in zip(i, SHARES.multinomial(n, replacement=True))]
         told = [conds["" if d < args.drop else c] for d, c in zip(dropped, told)]
-        return latents[variant, i], torch.stack(told)
+        return latents[i], torch.stack(told)
 
     def preview(device):
         return p3_model.generate(model.to(device), captions[:32], range(len(captions[:32])), steps=20, scale=4.0)

@@ -268,7 +268,6 @@ TWO_STEPS = [  # of each stage of p3_train.py, with a small CLIP
     "--set",
     *(f"{s}.{x}" for s in ("autoencoder", "text_encoder", "judge", "diffusion") for x in ("steps=2", "batch_size=4")),
     *(f"{s}.vision_layers=[1,1,1,1]" for s in ("text_encoder", "judge")),
-    "diffusion.variants=1",
 ]
 SMALL = [*STEPS, "--steps", 2, "--batch-size", 4, "--ema", 0.5]
 TRAININGS = {

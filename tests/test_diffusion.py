@@ -109,9 +109,10 @@ def test_a_teacher_sees_the_input_and_its_prediction_is_the_target():
     assert torch.allclose(loss, torch.tensor(0.25), rtol=1e-3)
 
 
+@pytest.mark.parametrize("plus", [0.0, 1.0])
 @pytest.mark.parametrize("objective", ["eps", "v"])
-def test_min_snr_weight_is_min_of_snr_and_gamma_on_the_x_0_error(objective):
-    """An error d of the prediction is an x_0 error of (s/a) d for eps, s d for v; its square weighs min(SNR, 5)."""
+def test_min_snr_weight_is_min_of_snr_and_gamma_on_the_x_0_error(objective, plus):
+    """A prediction off by d means x_0 off by (s/a) d for eps and s d for v: its square weighs min(SNR + plus, 5)."""
     x_0, eps, t = torch.randn(4, 3, 4, 4), torch.randn(4, 3, 4, 4), torch.tensor([0, 100, 400, 999])
     a, s = (v.flatten() for v in alpha_sigma(ALPHA_BAR, t))
 
@@ -120,8 +121,9 @@ def test_min_snr_weight_is_min_of_snr_and_gamma_on_the_x_0_error(objective):
         return target + 0.1
 
     x_0_error = 0.1 * (s / a if objective == "eps" else s)
-    expected = x_0_error**2 * (a / s).square().clamp(max=5)
-    assert torch.allclose(training_loss(model, x_0, ALPHA_BAR, objective, 5.0, t, eps).double(), expected, rtol=1e-3)
+    expected = x_0_error**2 * ((a / s).square() + plus).clamp(max=5)
+    loss = training_loss(model, x_0, ALPHA_BAR, objective, 5.0, t, eps, plus=plus)
+    assert torch.allclose(loss.double(), expected, rtol=1e-3)
 
 
 def test_time_shares_make_log_sigma_normal_but_for_a_uniform_part():

@@ -79,6 +79,14 @@ def test_start_goes_on_from_the_weights_of_another_objective(photos, trained, tm
         assert torch.allclose(value.float(), after["state_dict"][key].float(), atol=1e-4), key
 
 
+def test_start_grows_to_another_multiplier(photos, trained, tmp_path):
+    options = ["--start", trained / "best.pt", "--multiplier", 1, 1, 3, 3, 4, 4]
+    train("--data", photos, "--out", tmp_path, *SMALL, *options)
+    grown = load_unet(tmp_path / "best.pt")
+    assert (grown.channel, grown.channel_multiplier) == (4, (1, 1, 3, 3, 4, 4))
+    assert losses(tmp_path, "val_loss_0.5")[0] < 1.1 * losses(trained, "val_loss_0.5")[-1]
+
+
 def test_guide_teaches_the_guided_prediction(photos, trained, tmp_path, capsys):
     """Of a network and of one a little worse: the loss is 0 without guidance, and falls towards what is learned.
     Another guide does not go on with it."""

@@ -29,7 +29,6 @@ SMALL = [
     *(f"{stage}.vision_layers=[1,1,1,1]" for stage in ("text_encoder", "judge")),
     "diffusion.steps=3",
     "diffusion.batch_size=4",
-    "diffusion.variants=2",
 ]
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import UNet as room
 from diffusion import ddim, run, schedule, timesteps
 from p2_ddim import make_eps_model
-from UNet import Attention, ResBlock, UNet, load_unet
+from UNet import Attention, ResBlock, UNet, load_unet, widened
 from utils import UserError, attention, plain_attention, torch_version
 
 REFERENCE = pathlib.Path(__file__).parent / "data" / "unet_face.npz"  # the course's UNet.py with these weights
@@ -190,6 +190,43 @@ def test_a_network_that_predicts_v_is_sampled_by_its_eps(narrow, tmp_path):
         v, eps = narrow(x, t), make_eps_model(load_unet(tmp_path / "unet.pt"), CPU, torch.float32)(x, 300)
     a = schedule()[300]
     assert torch.allclose(eps, (a.sqrt() * v + (1 - a).sqrt() * x).float(), atol=1e-5)
+
+
+def test_a_wider_copy_predicts_the_same(narrow):
+    """Exactly where all widths double; nearly where only some grow, since groups of channels then change."""
+    x, t = torch.randn(4, 3, 32, 32), torch.tensor([1, 200, 600, 990])
+    with torch.no_grad():
+        expected = narrow(x, t)
+        for multiplier, noise, error in (((2, 2, 4, 4, 8, 8), 0, 1e-4), ((1, 1, 4, 3, 4, 4), 0.01, 0.2)):
+            wide = widened(narrow, multiplier, noise)
+            assert wide.channel_multiplier == multiplier
+            assert (wide(x, t) - expected).norm() < error * expected.norm()
+    assert widened(narrow, (1, 1, 4, 3, 4, 4)).mid2.resblocks.conv1.weight.equal(narrow.mid2.resblocks.conv1.weight)
+
+
+def test_a_wider_copy_parts_with_noise(narrow):
+    conv = widened(narrow, (1, 1, 2, 2, 8, 8), 0.1).mid2.resblocks.conv1.weight
+    assert not any(torch.equal(conv[i], conv[i + 1]) for i in range(0, len(conv), 2))
+
+
+def test_a_copy_that_has_no_room_for_a_layer_is_refused(narrow):
+    with pytest.raises(UserError, match="multiplier .1, 1, 4, 4, 4, 4.: down14 must go on changing the width"):
+        widened(narrow, (1, 1, 4, 4, 4, 4))
+    with pytest.raises(UserError, match="multiplier .1, 1, 2, 2, 4, 3.: narrower"):
+        widened(narrow, (1, 1, 2, 2, 4, 3))
+
+
+def test_the_widths_come_from_the_checkpoint(tmp_path):
+    wide = UNet(channel=4, channel_multiplier=[1, 2, 3, 1, 2, 3])
+    checkpoint = {"state_dict": wide.state_dict(), "config": {"channel_multiplier": [1, 2, 3, 1, 2, 3]}}
+    torch.save(checkpoint, tmp_path / "unet.pt")
+    assert load_unet(tmp_path / "unet.pt").channel_multiplier == (1, 2, 3, 1, 2, 3)
+    for bad in ([1, 2], "112244", 3, [1, 1, 2, 2, 4, 10**9], [1, 1, 2, 2, 4, 0.5]):
+        checkpoint["config"]["channel_multiplier"] = bad
+        torch.save(checkpoint, tmp_path / "unet.pt")
+        with pytest.raises(UserError, match="unet.pt: ") as error:
+            load_unet(tmp_path / "unet.pt")
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
