@@ -228,7 +228,7 @@ def widened(unet, channel_multiplier, noise=0.2):
     for name, layer in zip(unet.path, DOWN + MID + UP):
         new, old = getattr(wide, name), getattr(unet, name)
         wider, width = (net.channel_multiplier[int(layer[-1])] * net.channel for net in (wide, unet))
-        made = torch.arange(wider) * width // wider
+        made = torch.tensor([i * width // wider for i in range(wider)])
         if not isinstance(old, Block):
             fill(*((new, old) if layer[0] == "S" else (new[-1], old[-1])), made, here)
         else:
