@@ -302,7 +302,7 @@ class Diffusing(Stage):
         return training_loss(model, z, self.alpha_bar, teacher=teacher, **how)
 
     def training_step(self, batch, _):
-        loss = self.loss(batch, min_snr=self.args.min_snr, plus=self.args.plus).mean()
+        loss = self.loss(batch, min_snr=self.args.min_snr, plus=self.args.plus or 0).mean()
         self.log("train_loss", loss)
         return loss
 

@@ -282,6 +282,7 @@ p1_distill.py | --out OUT --features nan | argument --features: take a number, 0
 p1_distill.py | --out OUT --teacher IN/p1_T_is_0.pt | its config has T '0'
 p2_train.py | --out OUT --size 48 | argument --size: take a multiple of 32
 p2_train.py | --out OUT --channel 30 | argument --channel: channel 30:
+p2_train.py | --out OUT --multiplier 1 1 2 2 4 17 | argument --multiplier:
 p2_train.py | --out OUT --min-snr inf | argument --min-snr:
 p2_train.py | --out OUT --log-sigma 0 0 | --log-sigma: take a deviation of 0.1 or more
 p2_train.py | --out OUT --log-sigma 1e9 1 | argument --log-sigma: take a number, -10 to 10
