@@ -187,19 +187,29 @@ def load_unet(path):
         state_dict, config = state_dict["state_dict"], state_dict.get("config", {})
     if not isinstance(state_dict, dict) or not all(torch.is_tensor(v) for v in state_dict.values()):
         raise UserError(f"{path}: no state dict in it; give the course's UNet.pt or a checkpoint of p2_train.py")
-    config = config if isinstance(config, dict) else {}
-    objective = config.get("objective", "eps")
+    objective = config.get("objective", "eps") if isinstance(config, dict) else "eps"
     if objective not in ("eps", "v"):
         raise UserError(f"{path}: its objective is {objective!r}, not eps or v; it is of another program")
     stem = state_dict.get("down1.weight", torch.empty(0))
     try:
-        if tuple(stem.shape[1:]) != (3, 3, 3) or len(stem) > 512:
+        if tuple(stem.shape[1:]) != (3, 3, 3) or not 0 < len(stem) <= 512:
             raise ValueError("it must be [up to 512, 3, 3, 3]")
-        unet = UNet(channel=len(stem), channel_multiplier=config.get("channel_multiplier", MULTIPLIER))
-    except (TypeError, ValueError) as e:
+        unet = UNet(channel=len(stem), channel_multiplier=_multiplier(state_dict, len(stem)))
+    except ValueError as e:
         raise UserError(f"{path}: no down1.weight of the face network ({e}); it is of another network") from None
     unet.objective = objective
     return load_weights(unet, state_dict, path).eval()
+
+
+def _multiplier(state_dict, channel):
+    """channel_multiplier of a state dict, by the last block of each resolution on the way down; where that says nothing
+    sensible, something else that its shapes will not fit: load_weights names them."""
+    multiplier = list(MULTIPLIER)
+    for i, layer in enumerate(DOWN, start=1):
+        bias = state_dict.get(f"down{i}.resblocks.conv2.bias")
+        if bias is not None:
+            multiplier[int(layer[-1])] = min(max(1, bias.numel() // channel), 16, 2048 // channel)
+    return multiplier
 
 
 @torch.no_grad()
@@ -260,6 +270,7 @@ def widened(unet, channel_multiplier, noise=0.2):
 
 
 def _identity(c):
+    """A convolution that gives back its c channels: what nn.Identity would be with weights."""
     layer = _zero(nn.Conv2d(c, c, 1))
     nn.init.dirac_(layer.weight)
     return layer

@@ -62,19 +62,20 @@ class Pictures:
         return list(dict.fromkeys(self.caption(r, f) for r in rows for f in range(len(CAPTIONS))))
 
 
-def moved(x, turn=0.14, size=0.15, shift=0.06):
-    """Images [B, C, H, W] in [-1, 1], each turned (radians), shrunk or grown and shifted by up to that, on white."""
-    turn, size, shift = ((torch.rand(len(x), k) * 2 - 1) * most for k, most in ((1, turn), (1, size), (2, 2 * shift)))
+def moved(x):
+    """Images [B, C, H, W] in [-1, 1], each turned by up to 0.25 radians, shrunk or grown by a quarter and shifted by a
+    tenth, on white."""
+    turn, size, shift = ((torch.rand(len(x), k) * 2 - 1) * most for k, most in ((1, 0.25), (1, 0.25), (2, 0.2)))
     grid = affine_grid(x, turn[:, 0], 1 + size.expand(-1, 2), shift)
     return F.grid_sample(x - 1, grid, align_corners=False) + 1
 
 
 def distorted(x):
-    """Images [B, C, H, W] in [-1, 1], each moved further than that, mirrored half of the time, in other colours (darker
+    """Images [B, C, H, W] in [-1, 1], each moved, mirrored half of the time, in other colours (darker
     by up to 30 %, so below -1 too), and with a square of half the side blotted out at random: what leaves subject and
     style to be seen, so that a CLIP learns these rather than the pictures."""
     b, _, h, w = x.shape
-    x = moved(x, turn=0.25, size=0.25, shift=0.1)
+    x = moved(x)
     x = torch.where(torch.rand(b, 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
     contrast, colour = (torch.rand(b, c, 1, 1, device=x.device) * 2 - 1 for c in (1, 3))
     x = 1 - (1 - x) * (1 + 0.2 * contrast + 0.1 * colour)  # white stays

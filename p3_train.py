@@ -286,7 +286,8 @@ class Diffusing(Stage):
     """The network of latent diffusion on cached latents [B, 2, 4, h, w] (mean and deviation) and conditionings
     [B, M, D]. `preview(device)` draws what a validation shows; with a `teacher` its predictions are the target.
 
-    Min-SNR weights: else the least noised latents, which hold no shapes, outweigh the rest.
+    Min-SNR weights: else the least noised latents, which hold no shapes, outweigh the rest; `plus`, so that the most
+    noised ones, of which shapes are made, count too.
     """
 
     def __init__(self, network, alpha_bar, preview, args, teacher=None):

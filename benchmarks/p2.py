@@ -95,12 +95,12 @@ def diffusers_unet(unet):
     """diffusers' UNet2DModel with the weights of our UNet."""
     from diffusers import UNet2DModel
 
-    channel = unet.time[1].in_features
     # fmt: off
     model = UNet2DModel(
-        block_out_channels=[channel * n for n in unet.channel_multiplier], layers_per_block=2, attention_head_dim=None,
+        block_out_channels=[unet.channel * n for n in unet.channel_multiplier], layers_per_block=2,
+        attention_head_dim=None, norm_num_groups=room.norm_groups(unet.channel),
         down_block_types=["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"], downsample_padding=1,
-        up_block_types=["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4, norm_num_groups=room.norm_groups(channel),
+        up_block_types=["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
         norm_eps=1e-5, flip_sin_to_cos=False, freq_shift=0,
     )
     # fmt: on

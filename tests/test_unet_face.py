@@ -217,16 +217,22 @@ def test_a_copy_that_has_no_room_for_a_layer_is_refused(narrow):
 
 
 def test_the_widths_come_from_the_checkpoint(tmp_path):
-    wide = UNet(channel=4, channel_multiplier=[1, 2, 3, 1, 2, 3])
-    checkpoint = {"state_dict": wide.state_dict(), "config": {"channel_multiplier": [1, 2, 3, 1, 2, 3]}}
-    torch.save(checkpoint, tmp_path / "unet.pt")
-    assert load_unet(tmp_path / "unet.pt").channel_multiplier == (1, 2, 3, 1, 2, 3)
-    for bad in ([1, 2], "112244", 3, [1, 1, 2, 2, 4, 10**9], [1, 1, 2, 2, 4, 0.5]):
-        checkpoint["config"]["channel_multiplier"] = bad
-        torch.save(checkpoint, tmp_path / "unet.pt")
-        with pytest.raises(UserError, match="unet.pt: ") as error:
+    state_dict = UNet(channel=4, channel_multiplier=[1, 2, 3, 1, 2, 3]).state_dict()
+    torch.save(state_dict, tmp_path / "unet.pt")
+    loaded = load_unet(tmp_path / "unet.pt")
+    assert loaded.channel_multiplier == (1, 2, 3, 1, 2, 3)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), state_dict.values()))
+    for bad in (torch.zeros(()), torch.zeros(7), torch.zeros(10**6)):  # the last is no width to make
+        torch.save({**state_dict, "down18.resblocks.conv2.bias": bad}, tmp_path / "unet.pt")
+        with pytest.raises(UserError, match="unet.pt: .*shape") as error:
             load_unet(tmp_path / "unet.pt")
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [[1, 2], "112244", [1, 1, 2, 2, 4, 17], [1, 1, 2, 2, 4, 0.5]])
+def test_widths_that_are_none_are_refused(bad):
+    with pytest.raises(ValueError, match="take six whole numbers from 1 to 16"):
+        UNet(channel=4, channel_multiplier=bad)
 
 
 @pytest.mark.parametrize(
