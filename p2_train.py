@@ -28,17 +28,7 @@ from tqdm import tqdm
 import utils
 from diffusion import ddim, eps_from_v, run, schedule, time_batch, time_shares, timesteps, training_loss
 from digits import is_validation
-from train_common import (
-    Autoguided,
-    Batches,
-    SaveBest,
-    Training,
-    add_guide_options,
-    add_training_options,
-    check_guide,
-    fit,
-    lightning_trainer,
-)
+from train_common import Autoguided, Batches, SaveBest, Training, add_training_options, fit, lightning_trainer
 from UNet import MULTIPLIER, UNet, load_unet, norm_groups, widened
 from utils import Parser, UserError, cli, real, whole
 
@@ -117,7 +107,8 @@ def parse(argv):
     option("--size", type=whole(32, 2048, 32), default=64, help="height and width, a multiple of 32 (default: 64)")
     option("--start", metavar="CHECKPOINT", help="go on from its weights; --channel is its own")
     option("--multiplier", type=whole(1, 16), nargs=6, metavar="M", help=MULTIPLIERS)
-    add_guide_options(option)
+    option("--guide", metavar="CHECKPOINT", help="a worse network: learn to predict what --start does, guided by it")
+    option("--guide-scale", type=real(1, 10), default=2.0, help="of that guidance; 1 = none (default: 2)")
     option("--channel", type=channel, default=32, help="width of the largest map; 128 is the course's (default: 32)")
     option("--objective", choices=["eps", "v"], default="v", help="what the network predicts (default: v)")
     option("--min-snr", type=real(0), default=0.0, help="gamma of the min-SNR loss weight; 0 = none (default: 0)")
@@ -125,7 +116,8 @@ def parse(argv):
     option("--perturb", type=real(0, 1), default=0.1, help="gamma of the input perturbation (default: 0.1)")
     add_training_options(parser, out="runs/p2", steps=7500, batch_size=32, lr=6e-4, ema=[0.999, 0.9995, 0.9999])
     args = parser.parse_args(argv)
-    check_guide(args)
+    if args.guide and not args.start:
+        raise UserError("--guide: give the network that it is to guide, --start")
     if args.log_sigma[1] < 0.1:
         raise UserError(f"--log-sigma: take a deviation of 0.1 or more, not {args.log_sigma[1]:g}")
     return args

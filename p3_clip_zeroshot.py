@@ -12,6 +12,7 @@ import os
 import pathlib
 import random
 import re
+import textwrap
 
 import matplotlib
 import torch
@@ -67,7 +68,7 @@ def save_examples(rows, out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    text, (figure, axes) = [], plt.subplots(2, 5, figsize=(12, 6), squeeze=False)
+    text, (figure, axes) = [], plt.subplots(2, 5, figsize=(12, 6.5), squeeze=False)
     for title, line, examples in zip(("right", "wrong"), axes, rows):
         text.append(f"{title}:")
         for axis, row in itertools.zip_longest(line, examples):
@@ -75,8 +76,8 @@ def save_examples(rows, out):
             if row is not None:
                 text.append(f"  {row['file']}: truth {row['truth']}, answer {row['answer']} ({row['probability']:.1%})")
                 axis.imshow(utils.open_image(row["path"]), interpolation="nearest")
-                answer = f"{row['answer']} ({row['probability']:.0%})"
-                axis.set_title(f"{row['file']}\ntruth: {row['truth']}\nanswer: {answer}", fontsize=9)
+                told = row["file"], f"truth: {row['truth']}", f"answer: {row['answer']} ({row['probability']:.0%})"
+                axis.set_title("\n".join(textwrap.fill(t, 36) for t in told), fontsize=9)
     figure.tight_layout()
     with utils.atomic(out / "examples.png") as temporary:
         figure.savefig(temporary, format="png", dpi=100)

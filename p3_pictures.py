@@ -145,12 +145,3 @@ def cache_latents(autoencoder, images):
         posterior = autoencoder.encode(to_float(part.to(autoencoder.quant_conv.weight.device)))
         cached.append(torch.stack([posterior.mean, posterior.std], dim=1).half().cpu())
     return torch.cat(cached)
-
-
-@torch.no_grad()
-def cache_conditionings(model, captions):
-    """{caption: half [M, D]} of the text encoder."""
-    captions = list(dict.fromkeys(captions))
-    parts = [captions[i : i + 256] for i in range(0, len(captions), 256)]
-    cached = [model.get_learned_conditioning(part).half().cpu() for part in tqdm(parts, "captions", leave=False)]
-    return dict(zip(captions, torch.cat(cached)))

@@ -1,8 +1,7 @@
 """Trains a small Stable Diffusion from scratch: autoencoder, text encoder, a CLIP that judges, latent diffusion model.
 
     python3 p3_train.py                                         # all four; the same line again goes on with them
-    python3 p3_train.py --out runs/more --start checkpoints/tiny.ckpt           # goes on with its network alone
-    python3 p3_train.py --out runs/guided --start GOOD --guide WORSE --guide-scale 1.5          # distils autoguidance
+    python3 p3_train.py --out runs/more --start checkpoints/tiny.ckpt           # goes on with its network
     python3 p3_train.py --set diffusion.steps=50000 diffusion.batch_size=64     # other than in the config's `training`
 
 DATA is what tools/make_emoji_dataset.py writes: emoji.npz and emoji.json. The judge learns also from Inception, of the
@@ -39,28 +38,8 @@ from ldm.util import CONFIGS, instantiate_from_config, read_config
 import utils
 from diffusion import training_loss
 from p3_clip import MEAN, STD, openai_clip, save_clip, transformers_names
-from p3_pictures import (
-    CAPTIONS,
-    SHARES,
-    Pictures,
-    Words,
-    cache_conditionings,
-    cache_latents,
-    cache_sight,
-    distorted,
-    restyled,
-)
-from train_common import (
-    Autoguided,
-    Batches,
-    add_guide_options,
-    add_run_options,
-    check_guide,
-    check_same,
-    fit,
-    lightning_trainer,
-    warmup_cosine,
-)
+from p3_pictures import CAPTIONS, SHARES, Pictures, Words, cache_latents, cache_sight, distorted, restyled
+from train_common import Batches, add_run_options, fit, lightning_trainer, warmup_cosine
 from utils import Parser, UserError, cli
 
 ATTENTION = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
@@ -283,35 +262,30 @@ def train_judge(args, config, pictures):
 
 
 class Diffusing(Stage):
-    """The network of latent diffusion on cached latents [B, 2, 4, h, w] (mean and deviation) and conditionings
-    [B, M, D]. `preview(device)` draws what a validation shows; with a `teacher` its predictions are the target.
+    """The network of latent diffusion, and the text encoder with it (Rombach et al. 2022, section 3.3), on cached
+    latents [B, 2, 4, h, w] (mean and deviation) and words [B, M]. `preview(text, device)` draws what a validation
+    shows.
 
     Min-SNR weights: else the least noised latents, which hold no shapes, outweigh the rest; `plus`, so that the most
     noised ones, of which shapes are made, count too.
     """
 
-    def __init__(self, network, alpha_bar, preview, args, teacher=None):
+    def __init__(self, network, text, alpha_bar, preview, args):
         super().__init__(args, compiled=(network,))
         self.model = network.to(memory_format=torch.channels_last).requires_grad_(True).train()
-        self.alpha_bar, self.preview, self.teacher = alpha_bar.double(), preview, teacher
+        self.text = text.requires_grad_(True).train()
+        self.alpha_bar, self.preview = alpha_bar.double(), preview
 
     def loss(self, batch, noise=None, **how):
         """[B]; `noise` is the latents', the rest as diffusion.training_loss takes it."""
-        (mean, std), cond = batch[0].float().unbind(1), batch[1].float()
+        (mean, std), cond = batch[0].float().unbind(1), self.text(input_ids=batch[1]).last_hidden_state
         z = mean + std * (torch.randn_like(mean) if noise is None else noise)
-        model, teacher = (n and functools.partial(n, context=cond) for n in (self.model, self.teacher))
-        return training_loss(model, z, self.alpha_bar, teacher=teacher, **how)
+        return training_loss(functools.partial(self.model, context=cond), z, self.alpha_bar, **how)
 
     def training_step(self, batch, _):
         loss = self.loss(batch, min_snr=self.args.min_snr, plus=self.args.plus or 0).mean()
         self.log("train_loss", loss)
         return loss
-
-    def on_save_checkpoint(self, checkpoint):
-        checkpoint["guide"] = self.teacher and self.teacher.id
-
-    def on_load_checkpoint(self, checkpoint):
-        check_same(checkpoint, "guide", self.teacher and self.teacher.id, self.args.out)
 
     def validation_step(self, batch, i):
         draw = torch.Generator().manual_seed(i)
@@ -319,7 +293,7 @@ class Diffusing(Stage):
         t = torch.linspace(0, len(self.alpha_bar) - 1, len(eps)).long()
         self.log("val_loss", self.loss(batch, noise, t=t, eps=eps).mean(), sync_dist=True)
         if i == 0:
-            self.show(self.preview(self.device))
+            self.show(self.preview(self.text, self.device))
 
 
 def packed(model, name, ids, step, metrics):
@@ -344,39 +318,49 @@ def begun(args, config):
     return model, text["ids"], 0
 
 
-def autoguided(args, model):
-    """The model's network as it is now, guided by that of --guide, which must have the same latents and words."""
-    worse = p3_model.load_stable_diffusion(args.guide, "cpu", torch.float32)
-    for part in ("first_stage_model", "cond_stage_model"):
-        ours, theirs = (getattr(m, part).state_dict() for m in (model, worse))
-        if ours.keys() != theirs.keys() or any(not torch.equal(ours[k], theirs[k]) for k in ours):
-            raise UserError(f"{args.guide}: its {part} is not that of {args.start}; take a model.ckpt that began there")
-    return Autoguided(copy.deepcopy(model.model.diffusion_model), worse.model.diffusion_model, args.guide_scale)
+def narrowed(encoder, ids):
+    """A copy of the text encoder's transformer whose table has the words `ids` alone, numbered anew in their order."""
+    text = copy.deepcopy(encoder.transformer)
+    text.set_input_embeddings(torch.nn.Embedding.from_pretrained(text.get_input_embeddings().weight[ids], freeze=False))
+    return text
+
+
+@torch.no_grad()
+def widen(encoder, text, ids):
+    """Gives the text encoder the weights of `text`, of narrowed()."""
+    state = dict(text.state_dict())
+    (table,) = (name for name in state if name.endswith("token_embedding.weight"))
+    encoder.transformer.get_input_embeddings().weight[ids] = state[table].to(encoder.device)
+    state[table] = encoder.transformer.get_input_embeddings().weight
+    encoder.transformer.load_state_dict(state)
 
 
 def train_diffusion(args, config, pictures):
     train, val = pictures.rows("train"), pictures.rows("val")
     model, ids, before = begun(args, config)
-    teacher = autoguided(args, model) if args.guide else None
     model.to(args.device)
     latents, held_back = (cache_latents(model.first_stage_model, pictures.images[rows]) for rows in (train, val))
     captions = [pictures.caption(r) for r in val]
-    conds = cache_conditionings(model, ["", *pictures.captions(train), *captions])
     model.cpu()
+    said = list(dict.fromkeys(["", *pictures.captions(train), *captions]))
+    words = dict(zip(said, torch.searchsorted(ids, model.cond_stage_model.tokenize(said))))
+    text = narrowed(model.cond_stage_model, ids)
 
     def batch(asked):
         n = len(asked)
         i, dropped = draw(torch.arange(len(train)), n), torch.rand(n)
         told = [pictures.caption(train[k], f) for k, f in zip(i, SHARES.multinomial(n, replacement=True))]
-        told = [conds["" if d < args.drop else c] for d, c in zip(dropped, told)]
+        told = [words["" if d < args.drop else c] for d, c in zip(dropped, told)]
         return latents[i], torch.stack(told)
 
-    def preview(device):
+    def preview(text, device):
+        widen(model.cond_stage_model, text, ids)
         return p3_model.generate(model.to(device), captions[:32], range(len(captions[:32])), steps=20, scale=4.0)
 
-    validation = Batches(len(val), lambda rows: (held_back[rows], torch.stack([conds[captions[r]] for r in rows])))
-    module = Diffusing(model.model.diffusion_model, model.alphas_cumprod, preview, args, teacher)
+    validation = Batches(len(val), lambda rows: (held_back[rows], torch.stack([words[captions[r]] for r in rows])))
+    module = Diffusing(model.model.diffusion_model, text, model.alphas_cumprod, preview, args)
     metrics = run(module, Batches(len(train), batch), validation)
+    widen(model.cond_stage_model, text, ids)
     name = pathlib.Path(args.config).stem
     utils.save_checkpoint(packed(model, name, ids, before + args.steps, metrics), args.out.parent / "model.ckpt")
 
@@ -427,13 +411,11 @@ def parse(argv):
     option = parser.add_argument
     option("--data", default="runs/emoji", help="folder of emoji.npz and emoji.json")
     option("--config", default=str(CONFIGS["tiny"]), help="the model's YAML, with its `training`")
-    option("--start", metavar="CKPT", help="a model.ckpt of this script: only its network is trained, and further")
-    add_guide_options(option)
+    option("--start", metavar="CKPT", help="a model.ckpt of this script: train its network and text encoder further")
     option("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other values than in the config's `training`")
     option("--compile", action="store_true", help="needs a C++ compiler")
     add_run_options(parser, out="runs/tiny")
     args = parser.parse_args(argv)
-    check_guide(args)
     return args
 
 

@@ -44,16 +44,6 @@ def add_training_options(parser, out, steps, batch_size, lr, ema):
     option("--num_nodes", type=whole(), default=1)
 
 
-def add_guide_options(option):
-    option("--guide", metavar="CHECKPOINT", help="a worse network: learn to predict what --start does, guided by it")
-    option("--guide-scale", type=real(1, 10), default=2.0, help="of that guidance; 1 = none (default: 2)")
-
-
-def check_guide(args):
-    if args.guide and not args.start:
-        raise UserError("--guide: give the network that it is to guide, --start")
-
-
 def duration(text):
     """`type` of an option: DD:HH:MM:SS as a timedelta."""
     parts = re.fullmatch(r"(\d{1,4}):(\d{1,2}):(\d{1,2}):(\d{1,2})", text, re.ASCII)
@@ -61,13 +51,6 @@ def duration(text):
         raise UserError(f"take DD:HH:MM:SS, as 00:01:30:00 for an hour and a half, not {text[:40]!r}")
     days, hours, minutes, seconds = map(int, parts.groups())
     return datetime.timedelta(days, seconds, hours=hours, minutes=minutes)
-
-
-def check_same(checkpoint, name, ours, out):
-    """UserError where a last.ckpt says that its training had something else than this one, as other options."""
-    if checkpoint.get(name, ours) != ours:
-        told = f"{out}/last.ckpt: of a training with another {name} ({checkpoint[name]})"
-        raise UserError(f"{told[:200]}; give the same, or another --out")
 
 
 class Autoguided:
@@ -123,7 +106,10 @@ class Training(pl.LightningModule):
         checkpoint["config"] = self.config
 
     def on_load_checkpoint(self, checkpoint):
-        check_same(checkpoint, "config", self.config, self.args.out)
+        theirs = checkpoint.get("config", self.config)
+        if theirs != self.config:
+            told = f"{self.args.out}/last.ckpt: of a training with another config ({theirs})"
+            raise UserError(f"{told[:200]}; give the same, or another --out")
 
     def on_train_batch_end(self, *_):
         self.averages.update(self.model, self.trainer.global_step)
