@@ -71,9 +71,9 @@ def moved(x):
 
 
 def distorted(x):
-    """Images [B, C, H, W] in [-1, 1], each moved, mirrored half of the time, in other colours (darker
-    by up to 30 %, so below -1 too), and with a square of half the side blotted out at random: what leaves subject and
-    style to be seen, so that a CLIP learns these rather than the pictures."""
+    """Images [B, C, H, W] in [-1, 1], each moved, mirrored half of the time, in other colours (darker by up to 30 %, so
+    below -1 too), and with a square of half the side blotted out at random: what leaves subject and style to be seen,
+    so that a CLIP learns these rather than the pictures."""
     b, _, h, w = x.shape
     x = moved(x)
     x = torch.where(torch.rand(b, 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)

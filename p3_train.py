@@ -1,7 +1,7 @@
 """Trains a small Stable Diffusion from scratch: autoencoder, text encoder, a CLIP that judges, latent diffusion model.
 
     python3 p3_train.py                                         # all four; the same line again goes on with them
-    python3 p3_train.py --out runs/more --start checkpoints/tiny.ckpt           # goes on with its network
+    python3 p3_train.py --out runs/more --start checkpoints/tiny.ckpt           # goes on with its last stage
     python3 p3_train.py --set diffusion.steps=50000 diffusion.batch_size=64     # other than in the config's `training`
 
 DATA is what tools/make_emoji_dataset.py writes: emoji.npz and emoji.json. The judge learns also from Inception, of the
@@ -318,16 +318,17 @@ def begun(args, config):
     return model, text["ids"], 0
 
 
-def narrowed(encoder, ids):
-    """A copy of the text encoder's transformer whose table has the words `ids` alone, numbered anew in their order."""
+def of_known_words(encoder, ids):
+    """A copy of the text encoder's transformer that reads only the words `ids` [V], ascending, by their place in ids:
+    its word table is [V, D], which trains faster than one of 49,408 rows."""
     text = copy.deepcopy(encoder.transformer)
     text.set_input_embeddings(torch.nn.Embedding.from_pretrained(text.get_input_embeddings().weight[ids], freeze=False))
     return text
 
 
 @torch.no_grad()
-def widen(encoder, text, ids):
-    """Gives the text encoder the weights of `text`, of narrowed()."""
+def take_over(encoder, text, ids):
+    """Gives the text encoder the weights of `text`, its of_known_words(ids); words not in ids keep theirs."""
     state = dict(text.state_dict())
     (table,) = (name for name in state if name.endswith("token_embedding.weight"))
     encoder.transformer.get_input_embeddings().weight[ids] = state[table].to(encoder.device)
@@ -344,7 +345,7 @@ def train_diffusion(args, config, pictures):
     model.cpu()
     said = list(dict.fromkeys(["", *pictures.captions(train), *captions]))
     words = dict(zip(said, torch.searchsorted(ids, model.cond_stage_model.tokenize(said))))
-    text = narrowed(model.cond_stage_model, ids)
+    text = of_known_words(model.cond_stage_model, ids)
 
     def batch(asked):
         n = len(asked)
@@ -354,13 +355,13 @@ def train_diffusion(args, config, pictures):
         return latents[i], torch.stack(told)
 
     def preview(text, device):
-        widen(model.cond_stage_model, text, ids)
+        take_over(model.cond_stage_model, text, ids)
         return p3_model.generate(model.to(device), captions[:32], range(len(captions[:32])), steps=20, scale=4.0)
 
     validation = Batches(len(val), lambda rows: (held_back[rows], torch.stack([words[captions[r]] for r in rows])))
     module = Diffusing(model.model.diffusion_model, text, model.alphas_cumprod, preview, args)
     metrics = run(module, Batches(len(train), batch), validation)
-    widen(model.cond_stage_model, text, ids)
+    take_over(model.cond_stage_model, text, ids)
     name = pathlib.Path(args.config).stem
     utils.save_checkpoint(packed(model, name, ids, before + args.steps, metrics), args.out.parent / "model.ckpt")
 

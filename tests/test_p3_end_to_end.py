@@ -78,14 +78,16 @@ def test_hw2_3_sh_writes_what_the_grader_grades(clip, tmp_path, capsys):
     for entry in task.values():
         for name in ("prompt", "prompt_4_clip_eval", "baseline"):
             entry[name] = entry[name][:1]
+        entry["baseline"][0][1] *= 0.9  # fewer steps than the baselines were measured with
     (tmp_path / "input.json").write_text(json.dumps(task))
     command = ["bash", ROOT / "hw2_3.sh", tmp_path / "input.json", tmp_path / "out", CKPT, "--steps", "12"]
     done = subprocess.run([*command, "--embeddings", TASK / "embeddings"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "wrote 50 pictures" in done.stdout
-    graded = grade(read_concepts(tmp_path / "input.json"), TASK, tmp_path / "out", clip)
-    for result in graded:  # the best words' image score; their text score, which <new2> lacks, but for a third
-        assert result["image"] > result["baseline"][0] and result["text"] > result["baseline"][1] * 2 / 3
+    new1, new2 = grade(read_concepts(tmp_path / "input.json"), TASK, tmp_path / "out", clip)
+    assert new1["passed"]
+    image, text = new2["baseline"]  # <new2> has more of its sources than any words, and less of the text
+    assert new2["image"] > image + 5 and new2["text"] > 0.7 * text
 
 
 def test_zero_shot_classification_is_far_above_chance(tmp_path):
@@ -96,7 +98,7 @@ def test_zero_shot_classification_is_far_above_chance(tmp_path):
     assert result["images"] == len(result["per_class"]) == 66 and result["accuracy"] > 0.75
 
 
-def test_the_table_of_a_folder_s_tokens_has_both_ways(monkeypatch, capsys):
+def test_the_table_of_a_folder_s_tokens_has_both_ways(clip, monkeypatch, capsys):
     """Of the sources themselves drawn without --fast, and white pictures with it."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     tiny = pytest.importorskip("tiny", reason="benchmarks/tiny.py needs requirements-dev.txt")
@@ -114,5 +116,12 @@ def test_the_table_of_a_folder_s_tokens_has_both_ways(monkeypatch, capsys):
     ]
     assert len(rows) == 5
     scores = np.array([[float(score) for score in row[1:]] for row in rows])  # image, text, image with --fast, text
-    assert (scores[:, 0] > scores[:, 2] + 25).all() and scores[-1, 1] > scores[-1, 3] + 5
+    white, concepts = (
+        clip.images(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)),
+        read_concepts(TASK / "input.json"),
+    )
+    of_white = [image_scores(clip, white, clip.images(image_files(TASK / c.key))).mean() for c in concepts]
+    assert scores[:-1, 2] == pytest.approx(np.repeat(of_white, 2), abs=0.02)
+    assert scores[-1, 0] > scores[-1, 2] + 40 and (scores[:, 0] > 2 * scores[:, 2]).all()
+    assert scores[-1, 1] > scores[-1, 3] + 5
     assert scores[-1] == pytest.approx(scores[:-1].mean(0), abs=0.01)

@@ -140,14 +140,14 @@ def test_the_text_encoder_begins_as_the_text_tower_of_the_clip_that_was_trained(
 def test_the_text_encoder_of_known_words_alone_says_the_same_and_gives_what_it_learned_back(trained):
     model, ids = untrained(trained)
     encoder, prompt = model.cond_stage_model, ["a red dot, in the style of Noto"]
-    text, before = p3_train.narrowed(encoder, ids), encoder(prompt)
+    text, before = p3_train.of_known_words(encoder, ids), encoder(prompt)
     words = torch.searchsorted(ids, encoder.tokenize(prompt))
     torch.testing.assert_close(text(input_ids=words).last_hidden_state, before)
     state = {k: v.clone() for k, v in encoder.state_dict().items()}
     with torch.no_grad():
         for weight in text.parameters():
             weight += 0.1 * torch.randn_like(weight)
-    p3_train.widen(encoder, text, ids)
+    p3_train.take_over(encoder, text, ids)
     torch.testing.assert_close(encoder(prompt), text(input_ids=words).last_hidden_state)
     table = p3_train.TABLE.removeprefix("cond_stage_model.")
     others = torch.ones(49408, dtype=torch.bool).index_fill(0, ids.long(), False)
