@@ -80,19 +80,29 @@ def draw(model, config):
     return utils.image_grid(utils.to_uint8(faces).cpu(), 8), {}
 
 
-def read_faces(folder, size):
-    """uint8 [N, 3, size, size] (train, held back): every picture in the folder, cropped to a square and scaled.
-
-    Held back are the 2 % whose names hash lowest. Raises UserError where there are none, or one cannot be read.
-    """
-    folder = pathlib.Path(folder)
-    paths = sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in PICTURES)
-    held_back = torch.tensor([is_validation(p.name, 0.02) for p in paths])
-    if not paths or held_back.all() or not held_back.any():
+def face_paths(folder):
+    """The pictures in the folder by name, at least two; raises UserError where there are fewer."""
+    paths = sorted(p for p in pathlib.Path(folder).glob("[!.]*") if p.suffix.lower() in PICTURES)
+    if len(paths) < 2:
         raise UserError(f"{folder}: {len(paths)} pictures in it, too few to train on; name the folder of face photos")
+    return paths
+
+
+def read_pictures(paths, size):
+    """uint8 [N, 3, size, size], each cropped to a square and scaled; raises UserError where one cannot be read."""
     with ThreadPoolExecutor() as pool:
         read = tqdm(pool.map(lambda p: read_face(p, size), paths), total=len(paths), desc="reading faces", leave=False)
-        images = torch.from_numpy(np.stack(list(read)))
+        return torch.from_numpy(np.stack(list(read)))
+
+
+def read_faces(folder, size):
+    """uint8 [N, 3, size, size] (train, held back): every picture in the folder; held back are the 2 % whose names hash
+    lowest. Raises UserError where there are none, or one cannot be read."""
+    paths = face_paths(folder)
+    held_back = torch.tensor([is_validation(p.name, 0.02) for p in paths])
+    if held_back.all() or not held_back.any():
+        raise UserError(f"{folder}: {len(paths)} pictures in it, too few to hold some back; name a larger folder")
+    images = read_pictures(paths, size)
     return images[~held_back], images[held_back]
 
 

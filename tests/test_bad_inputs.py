@@ -312,6 +312,10 @@ benchmarks/p4.py | --seeds -1 | argument --seeds:
 benchmarks/p3.py | --repeats 0 | argument --repeats:
 report/make_report.py | --remake nothing | argument --remake: invalid choice
 tools/make_digits.py | OUT --source IN/none | none: no such folder
+tools/typical_faces.py | IN/none OUT | none: 0 pictures in it
+tools/typical_faces.py | IN/photos_cut OUT | 00.png: not a readable picture
+tools/typical_faces.py | IN/photos_cut IN | in: is there already
+tools/typical_faces.py | IN/photos_cut OUT --share 2 | argument --share: take a number, 0.01 to 1
 """  # noqa: E501
 CASES = [
     tuple(cell.strip() for cell in line.split(" | ")) for line in TABLE.replace("| |", "|  |").strip().splitlines()
