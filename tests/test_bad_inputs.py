@@ -465,7 +465,7 @@ def bad_checkpoints(files):
 def main_of(command):
     """The main() of a command, imported once; skips where what it needs is not installed."""
     path = ROOT / command
-    if command.endswith(("_train.py", "_distill.py")):
+    if command.endswith(("_train.py", "_distill.py", "typical_faces.py")):
         pytest.importorskip("pytorch_lightning")
     if command == "p4_tsne.py":
         pytest.importorskip("sklearn")
