@@ -2,7 +2,7 @@
 
     python3 p2_train.py --data hw2_data/face/photos --out runs/p2       # the same line again resumes it
     python3 p2_train.py --out runs/p2_more --start checkpoints/p2_faces.pt      # with either objective
-    python3 p2_train.py --out runs/p2_wider --start checkpoints/p2_faces.pt --multiplier 1 1 4 3 4 4    # grows first
+    python3 p2_train.py --out runs/p2_wider --start NARROWER --multiplier 1 1 4 3 4 4      # grows it first
     python3 p2_train.py --out runs/p2_guided --start GOOD --guide WORSE --perturb 0 --lr 3e-4     # distils autoguidance
 
 Leaves in --out: last.ckpt (resumable), best.pt (of all epochs and --ema decays the average with the lowest loss on

@@ -33,6 +33,8 @@ def test_distances_are_those_of_the_gaussian():
 
 
 def test_it_copies_the_share_that_is_nearest(photos, tmp_path, capsys):
+    (tmp_path / ".some.tmp").mkdir()
+    (tmp_path / ".some.tmp/99.png").write_bytes(b"of a run that was killed")
     typical_faces.main([str(photos), str(tmp_path / "some"), "--share", "0.9", "--device", "cpu"])
     assert sorted(p.name for p in (tmp_path / "some").iterdir()) == [f"{i:02d}.png" for i in range(20)]
     for path in (tmp_path / "some").iterdir():

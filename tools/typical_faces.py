@@ -27,7 +27,8 @@ from utils import Parser, UserError, cli, output_folder, pick_device, real, whol
 
 def distances(features):
     """Squared Mahalanobis distances to the mean, [N, D] -> [N]: -2 times the log of the Gaussian's density, by
-    which DeVries et al. 2020 select, but for a constant. A hundredth of the mean variance is added to each one's."""
+    which DeVries et al. 2020 select, but for a constant. A hundredth of the mean variance is added to the
+    covariance's diagonal, so that few pictures do too."""
     x = features.astype(np.float64)
     x -= x.mean(0)
     covariance = x.T @ x / (len(x) - 1)
@@ -51,7 +52,9 @@ def main(argv=None):
     paths = face_paths(args.source)
     pictures = read_pictures(paths, args.size)
     nearest = distances(Inception(args.device)(pictures)).argsort()[: math.ceil(args.share * len(paths))]
-    temporary = output_folder(dest.with_name(f".{dest.name}.tmp"))
+    temporary = dest.with_name(f".{dest.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    output_folder(temporary)
     try:
         for i in nearest:
             shutil.copyfile(paths[i], temporary / paths[i].name)
