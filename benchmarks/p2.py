@@ -14,7 +14,8 @@ Differences are of the final pictures to those of "ours fp32": the greatest of x
 error of the written pixels, 0..255, which the course bounds by 20.
 
 --quality has a row for each network's --count pictures (of the seeds 0, 1, ...; eta 0), and one for as many real ones:
-- FID to as many other real pictures (it falls with the count, so only differences mean something);
+- FID to as many other real pictures (it falls with the count, so only differences mean something); precision, the
+  share of pictures that lie among those, and recall, the share of those that lie among the pictures: how many kinds;
 - casts: the deviation over pictures of r - g and g - b, differences of a picture's channel means, pixels in [-1, 1];
 - the means of the three channels;
 - noise: the mean of |x - mean of its 3x3 neighbourhood| on 0..255, at each eta of the sheet (above 0: of 64 pictures).
@@ -190,7 +191,7 @@ def describe(args):
 
 
 def quality_table(args):
-    from fid import frechet_distance
+    from fid import frechet_distance, precision_recall
 
     from classifiers import Inception
     from p2_train import read_faces
@@ -204,19 +205,21 @@ def quality_table(args):
     lines = [
         describe(args),
         "",
-        "| pictures | FID | cast r-g | cast g-b | mean r | mean g | mean b | "
+        "| pictures | FID | precision | recall | cast r-g | cast g-b | mean r | mean g | mean b | "
         + " | ".join(f"noise, eta {eta:g}" for eta in ETAS)
         + " |",
-        "|---|" + "---|" * (6 + len(ETAS)),
+        "|---|" + "---|" * (8 + len(ETAS)),
     ]
     print("\n".join(lines))
     for name in ["real", *args.quality]:
         images = {0.0: real[args.count : 2 * args.count]} if name == "real" else faces(args, name)
         r_g, g_b, *means = colours(images[0.0])
         noises = " | ".join(f"{remaining_noise(images[eta]):.1f}" if eta in images else "" for eta in ETAS)
-        distance = frechet_distance(inception(images[0.0]), reference)
-        cells = " | ".join(f"{v:.3f}" for v in (r_g, g_b)) + " | " + " | ".join(f"{v:.2f}" for v in means)
-        lines.append(f"| {name} | {distance:.1f} | {cells} | {noises} |")
+        features = inception(images[0.0])
+        cells = [f"{frechet_distance(features, reference):.1f}"]
+        cells += [f"{v:.2f}" for v in precision_recall(features, reference)]
+        cells += [f"{v:.3f}" for v in (r_g, g_b)] + [f"{v:.2f}" for v in means]
+        lines.append(f"| {name} | {' | '.join(cells)} | {noises} |")
         print(lines[-1], flush=True)
     return lines
 

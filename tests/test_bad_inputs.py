@@ -309,6 +309,9 @@ tools/make_digits.py | OUT --seed -1 | argument --seed:
 benchmarks/p1.py | --only euler 1 1 0-1 | --only: take SAMPLER STEPS GUIDANCE FROM-TO
 benchmarks/p2.py | --size 48 | argument --size:
 benchmarks/p4.py | --seeds -1 | argument --seeds:
+benchmarks/blind.py | OUT | one of the arguments --pictures --answers is required
+benchmarks/blind.py | OUT --pictures IN/none | none: 0 pictures in it, too few
+benchmarks/blind.py | IN --answers IN/text | key.json: no such file
 benchmarks/p3.py | --repeats 0 | argument --repeats:
 report/make_report.py | --remake nothing | argument --remake: invalid choice
 tools/make_digits.py | OUT --source IN/none | none: no such folder
@@ -465,7 +468,7 @@ def bad_checkpoints(files):
 def main_of(command):
     """The main() of a command, imported once; skips where what it needs is not installed."""
     path = ROOT / command
-    if command.endswith(("_train.py", "_distill.py", "typical_faces.py")):
+    if command.endswith(("_train.py", "_distill.py", "typical_faces.py", "blind.py")):
         pytest.importorskip("pytorch_lightning")
     if command == "p4_tsne.py":
         pytest.importorskip("sklearn")
