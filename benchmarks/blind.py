@@ -34,6 +34,8 @@ def make_sheets(args):
     rng.shuffle(chosen)
     images = read_pictures([path for _, path in chosen], args.size).permute(0, 2, 3, 1).numpy()
     out, each = output_folder(args.folder), COLUMNS * ROWS
+    for old in out.glob("sheet_*.png"):
+        old.unlink()
     for first in range(0, len(images), each):
         save_png(sheet(images[first : first + each], first + 1), out / f"sheet_{first // each + 1}.png")
     save_json([{"folder": folder, "picture": path.name} for folder, path in chosen], out / "key.json")

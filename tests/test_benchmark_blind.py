@@ -22,12 +22,16 @@ def sheets(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
         for i in range(12):
             Image.new("RGB", (20, 30), (grey,) * 3).save(tmp_path / folder / f"{i}.png")
+    main(
+        ["blind", "--pictures", "black", "white", "black", "--count", "12", "--size", "16"]
+    )  # three sheets, made anew:
     main(["blind", "--pictures", "black", "white", "--count", "10", "--size", "16"])
     return json.loads((tmp_path / "blind" / "key.json").read_text())
 
 
 def test_the_key_says_which_picture_stands_where(sheets, tmp_path):
     pages = [np.asarray(Image.open(tmp_path / "blind" / f"sheet_{n}.png")) for n in (1, 2)]
+    assert len(list((tmp_path / "blind").glob("*"))) == 3
     assert pages[0].shape == (4 * 280, 1024, 3) and pages[1].shape == (280, 1024, 3)
     middles = [
         page[24 + 128 + 280 * row, 128 + 256 * column, 0]
