@@ -1,7 +1,7 @@
 """How many pictures of each folder look wrong to people who cannot know which folder a picture is from.
 
-    python3 benchmarks/blind.py runs/blind --pictures output/face hw2_data/face/photos --size 64    # makes the sheets
-    python3 benchmarks/blind.py runs/blind --answers ann.txt ben.txt eve.txt                        # counts
+    python3 benchmarks/blind.py runs/blind --pictures output/face hw2_data/face/photos --count 10   # makes the sheets
+    python3 benchmarks/blind.py runs/blind --answers ann.txt ben.txt eve.txt                         # counts
 
 The first leaves runs/blind/sheet_1.png, ...: --count pictures of each folder, drawn by --seed, shuffled, enlarged and
 numbered; and key.json, which no rater may see. An answer names, between spaces or lines, the numbers of the pictures
@@ -25,6 +25,7 @@ SIDE, EDGE, COLUMNS, ROWS = 256, 24, 4, 4  # of a picture on a sheet, and of the
 
 
 def make_sheets(args):
+    """Sheets of args.count pictures of each folder, and their key: [{"folder", "picture"}], in the sheets' order."""
     chosen, rng = [], random.Random(args.seed)
     for folder in args.pictures:
         paths = face_paths(folder)
@@ -34,7 +35,7 @@ def make_sheets(args):
     rng.shuffle(chosen)
     images = read_pictures([path for _, path in chosen], args.size).permute(0, 2, 3, 1).numpy()
     out, each = output_folder(args.folder), COLUMNS * ROWS
-    for old in out.glob("sheet_*.png"):
+    for old in [*out.glob("sheet_*.png"), *out.glob("key.json")]:  # no old key beside new sheets
         old.unlink()
     for first in range(0, len(images), each):
         save_png(sheet(images[first : first + each], first + 1), out / f"sheet_{first // each + 1}.png")
@@ -53,6 +54,7 @@ def sheet(images, number):
 
 
 def count_answers(args):
+    """The table of what each rater calls wrong in each folder."""
     path = pathlib.Path(args.folder) / "key.json"
     key = read_json(path)
     if not isinstance(key, list) or not all(isinstance(entry, dict) and "folder" in entry for entry in key):

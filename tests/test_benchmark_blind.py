@@ -22,9 +22,7 @@ def sheets(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
         for i in range(12):
             Image.new("RGB", (20, 30), (grey,) * 3).save(tmp_path / folder / f"{i}.png")
-    main(
-        ["blind", "--pictures", "black", "white", "black", "--count", "12", "--size", "16"]
-    )  # three sheets, made anew:
+    main(["blind", "--pictures", "black", "white", "black", "--count", "12", "--size", "16"])  # three, to be replaced
     main(["blind", "--pictures", "black", "white", "--count", "10", "--size", "16"])
     return json.loads((tmp_path / "blind" / "key.json").read_text())
 
