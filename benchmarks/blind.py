@@ -4,8 +4,9 @@
     python3 benchmarks/blind.py runs/blind --answers ann.txt ben.txt eve.txt                         # counts
 
 The first leaves runs/blind/sheet_1.png, ...: --count pictures of each folder, drawn by --seed, shuffled, enlarged and
-numbered; and key.json, which no rater may see. An answer names, between spaces or lines, the numbers of the pictures
-that its rater calls wrong. The second prints how many those are of each folder: by each rater, and by more than half.
+numbered, with --names under the names of their files, as captions; and key.json, which no rater may see. An answer
+names, between spaces or lines, the numbers of the pictures that its rater calls wrong. The second prints how many those
+are of each folder: by each rater, and by more than half.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import pathlib
 import random
 import sys
+import textwrap
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -37,19 +39,21 @@ def make_sheets(args):
     out, each = output_folder(args.folder), COLUMNS * ROWS
     for old in [*out.glob("sheet_*.png"), *out.glob("key.json")]:  # no old key beside new sheets
         old.unlink()
+    told = [f"{i}  {path.stem * args.names}" for i, (_, path) in enumerate(chosen, 1)]
     for first in range(0, len(images), each):
-        save_png(sheet(images[first : first + each], first + 1), out / f"sheet_{first // each + 1}.png")
+        part = slice(first, first + each)
+        save_png(sheet(images[part], told[part]), out / f"sheet_{first // each + 1}.png")
     save_json([{"folder": folder, "picture": path.name} for folder, path in chosen], out / "key.json")
     print(f"wrote {out}/{{sheet_1.png, ..., key.json}}; show the raters the sheets alone")
 
 
-def sheet(images, number):
-    """Pictures uint8 [N, S, S, 3] enlarged on one image, numbered from `number` on."""
+def sheet(images, told):
+    """Pictures uint8 [N, S, S, 3] enlarged on one image, each under what is `told` of it."""
     page = Image.new("RGB", (COLUMNS * SIDE, -(-len(images) // COLUMNS) * (SIDE + EDGE)), "white")
-    for i, image in enumerate(images):
+    for i, (image, text) in enumerate(zip(images, told)):
         x, y = i % COLUMNS * SIDE, i // COLUMNS * (SIDE + EDGE)
         page.paste(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y + EDGE))
-        ImageDraw.Draw(page).text((x + 4, y + 6), str(number + i), fill="black")
+        ImageDraw.Draw(page).text((x + 4, y - 2), textwrap.fill(text, 50), fill="black")
     return np.asarray(page)
 
 
@@ -94,6 +98,7 @@ def main(argv=None):
     what.add_argument("--answers", nargs="+", metavar="FILE", help="count these answers")
     option("--count", type=whole(), default=16, help="pictures of each folder (default: 16)")
     option("--size", type=whole(16, 256), default=64, help="to which all are scaled before they are enlarged to 256")
+    option("--names", action="store_true", help="show the files' names, where they say what is to be seen")
     option("--seed", type=SEED, default=0)
     add_out_option(parser)
     args = parser.parse_args(argv)

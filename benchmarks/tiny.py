@@ -5,8 +5,9 @@
 DATA is what tools/make_emoji_dataset.py writes. For 200 held-back pairs (the subject seen in other styles, the style
 with other subjects): the share of pictures whose nearest caption of the 200, by the small CLIP, is their own, and the
 Frechet inception distance to the real held-back pictures; a row for the real ones and for each guidance scale.
---picture shows two dozen of them under the real ones. --zeroshot DIR writes the held-back pictures of each vendor as
-p3_clip_zeroshot.py reads them, DIR/{vendor}/val and id2label.json.
+--picture shows two dozen of them under the real ones. --pairs DIR writes DIR/real and DIR/ours, a picture a pair, named
+by its caption (benchmarks/blind.py makes sheets of them). --zeroshot DIR writes the held-back pictures of each vendor
+as p3_clip_zeroshot.py reads them, DIR/{vendor}/val and id2label.json.
 
     python3 benchmarks/tiny.py --data runs/emoji --inversion tiny/textual_inversion/input.json --picture inversion.png
 
@@ -55,6 +56,15 @@ def nearest_is_right(clip, images, captions):
     """Share of pictures whose nearest caption is the one of the same number."""
     cosines = clip.images(images) @ clip.texts(captions).T
     return (cosines.argmax(1) == torch.arange(len(images))).float().mean().item()
+
+
+def write_pairs(captions, real, made, folder):
+    """folder/real/{caption}.png and folder/ours/{caption}.png."""
+    for name, images in {"real": real, "ours": made}.items():
+        out = utils.output_folder(pathlib.Path(folder) / name)
+        for caption, image in zip(captions, images):
+            utils.save_png(image, out / f"{caption}.png")
+    print(f"wrote {len(captions)} pictures each to {folder}/{{real,ours}}")
 
 
 def write_zeroshot(pictures, folder):
@@ -191,6 +201,7 @@ def parse(argv):
     option("--scales", type=real(-100, 100), nargs="+", default=[1.0, 2.0, 4.0, 7.5])
     option("--no-fid", action="store_true")
     option("--picture", metavar="FILE", help="real pictures above generated ones, at the third scale or the last")
+    option("--pairs", metavar="DIR", help="only writes the real and the generated pictures, at the same scale")
     option("--zeroshot", metavar="DIR", help="only writes the held-back pictures for p3_clip_zeroshot.py")
     option("--inversion", metavar="JSON", help="the concepts of a JSON: plain words beside learned tokens")
     option(
@@ -229,6 +240,9 @@ def main(argv=None):
         lines = inversion(model, clip, pictures, args)
         print("\n".join(lines))
         return save_table(lines, args.out)
+    third = args.scales[:3][-1]
+    if args.pairs:
+        return write_pairs(captions, real, drawn(model, captions, third, args.steps), args.pairs)
     features = None if args.no_fid else Inception(device)
     told = None if args.no_fid else features(real)
     lines = [
@@ -238,13 +252,13 @@ def main(argv=None):
         "|---|---|---|---|---|",
         f"| real | | {nearest_is_right(clip, real, captions):.3f} | | |",
     ]
-    for n, scale in enumerate(args.scales):
+    for scale in args.scales:
         begin = time.time()
         made = drawn(model, captions, scale, args.steps)
         seconds = (time.time() - begin) / len(made)
         fid = "-" if args.no_fid else f"{frechet_distance(features(made), told):.1f}"
         lines.append(f"| ours | {scale:g} | {nearest_is_right(clip, made, captions):.3f} | {fid} | {seconds:.2f} |")
-        if args.picture and n == min(2, len(args.scales) - 1):
+        if args.picture and scale == third:
             pairs = [x[i : i + 12] for i in (0, 12) for x in (real, made)]
             utils.save_png(utils.image_grid(torch.cat(pairs), 12), args.picture)
     print("\n".join(lines))

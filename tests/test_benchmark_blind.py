@@ -5,13 +5,16 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
 pytest.importorskip("pytorch_lightning", reason="p2_train.py needs requirements-dev")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from blind import main  # noqa: E402
+from blind import EDGE, main  # noqa: E402
+
+from tiny import write_pairs  # noqa: E402
 
 
 @pytest.fixture
@@ -39,6 +42,20 @@ def test_the_key_says_which_picture_stands_where(sheets, tmp_path):
     ]
     assert ["black" if grey == 0 else "white" for grey in middles] == [entry["folder"] for entry in sheets]
     assert len({(entry["folder"], entry["picture"]) for entry in sheets}) == 20
+
+
+def test_pairs_are_shown_under_their_captions(tmp_path):
+    captions = ["a fork, in the style of Noto", "a woman in lotus position, in the style of EmojiOne of 2013"]
+    real, made = (torch.full((2, 3, 64, 64), grey, dtype=torch.uint8) for grey in (0, 200))
+    write_pairs(captions, real, made, tmp_path)
+    edges = []
+    for names in ([], ["--names"]):
+        main([str(tmp_path), "--count", "2", *names, "--pictures", str(tmp_path / "real"), str(tmp_path / "ours")])
+        edges.append((np.asarray(Image.open(tmp_path / "sheet_1.png"))[:EDGE] < 128).any((0, 2)).reshape(4, -1))
+    widths = [[row.nonzero()[0].max() for row in edge] for edge in edges]
+    key = json.loads((tmp_path / "key.json").read_text())
+    assert sorted(entry["picture"] for entry in key) == sorted([f"{caption}.png" for caption in captions] * 2)
+    assert max(widths[0]) < 20 and all(100 < width < 256 for width in widths[1])
 
 
 def test_counts_are_of_each_rater_and_of_more_than_half(sheets, tmp_path, capsys):
