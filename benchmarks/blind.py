@@ -23,7 +23,7 @@ from table import add_out_option, save_table
 from p2_train import face_paths, read_pictures
 from utils import SEED, Parser, UserError, cli, output_folder, read_json, save_json, save_png, whole
 
-SIDE, EDGE, COLUMNS, ROWS = 256, 24, 4, 4  # of a picture on a sheet, and of the strip for its number
+SIDE, EDGE, COLUMNS, ROWS = 256, 28, 4, 4  # of a picture on a sheet, and of the strip for its number
 
 
 def make_sheets(args):
@@ -53,7 +53,7 @@ def sheet(images, told):
     for i, (image, text) in enumerate(zip(images, told)):
         x, y = i % COLUMNS * SIDE, i // COLUMNS * (SIDE + EDGE)
         page.paste(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y + EDGE))
-        ImageDraw.Draw(page).text((x + 4, y - 2), textwrap.fill(text, 50), fill="black")
+        ImageDraw.Draw(page).text((x + 4, y), textwrap.fill(text, 50), fill="black")
     return np.asarray(page)
 
 

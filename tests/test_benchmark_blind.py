@@ -33,11 +33,11 @@ def sheets(tmp_path, monkeypatch):
 def test_the_key_says_which_picture_stands_where(sheets, tmp_path):
     pages = [np.asarray(Image.open(tmp_path / "blind" / f"sheet_{n}.png")) for n in (1, 2)]
     assert len(list((tmp_path / "blind").glob("*"))) == 3
-    assert pages[0].shape == (4 * 280, 1024, 3) and pages[1].shape == (280, 1024, 3)
+    assert pages[0].shape == (4 * (256 + EDGE), 1024, 3) and pages[1].shape == (256 + EDGE, 1024, 3)
     middles = [
-        page[24 + 128 + 280 * row, 128 + 256 * column, 0]
+        page[EDGE + 128 + (256 + EDGE) * row, 128 + 256 * column, 0]
         for page in pages
-        for row in range(len(page) // 280)
+        for row in range(len(page) // (256 + EDGE))
         for column in range(4)
     ]
     assert ["black" if grey == 0 else "white" for grey in middles] == [entry["folder"] for entry in sheets]
