@@ -43,6 +43,7 @@ class Settings(NamedTuple):
     precision: str
     weights: str  # utils.weights_id, and what names the delta
     fast: bool
+    pag: float = 0.0
 
 
 def recipe_id(settings, tokens, prompt, index):
@@ -147,7 +148,7 @@ class Clock:
 
 def generate(model, prompt, indices, settings):
     """p3_model.generate in as many parts as memory asks for."""
-    how = settings.steps, settings.scale, settings.size, settings.seed, settings.fast
+    how = settings.steps, settings.scale, settings.size, settings.seed, settings.fast, settings.pag
     try:
         return p3_model.generate(model, prompt, indices, *how)
     except RuntimeError as e:
@@ -244,6 +245,7 @@ def arguments(argv):
     option("--images", type=whole(), default=25, help="pictures a prompt (default: 25, what the grader takes)")
     option("--steps", type=whole(1, 1000), default=25, help="DPM-Solver++ steps (default: 25)")
     option("--scale", type=real(-100, 100), default=7.5, help="guidance scale (default: 7.5)")
+    option("--pag", type=real(0, 100), default=0.0, help="perturbed-attention guidance, 3 : 2 as slow (default: 0)")
     option("--fast", action="store_true", help="half the work a picture, at a small loss of quality")
     option("--batch-size", type=whole(), help="pictures at once (default: by free memory)")
     option("--time-limit", type=real(positive=True), help="seconds, not of --prompt; --fast, then fewer steps keep it")
@@ -273,7 +275,8 @@ def main(argv=None):
     utils.output_folder(out)
 
     batch = args.batch_size or p3_model.fitting_batch(model, args.size)
-    settings = Settings(args.images, args.steps, args.scale, args.size, args.seed, str(dtype), weights, args.fast)
+    how = args.images, args.steps, args.scale, args.size, args.seed
+    settings = Settings(*how, str(dtype), weights, args.fast, args.pag)
     clock = Clock(START + args.time_limit if args.time_limit else None)
 
     def measured(steps):

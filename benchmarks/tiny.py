@@ -45,11 +45,12 @@ CHECKPOINTS = ROOT / "checkpoints"
 NEW2 = "Fluent glyphs"  # the style that <new2> is learned from
 
 
-def drawn(model, prompts, scale, steps, batch=50):
+def drawn(model, prompts, scale, args, batch=50):
     """A picture of each prompt, uint8 [N, 3, 64, 64]; picture i starts from the seed i."""
     parts = [range(len(prompts))[i : i + batch] for i in range(0, len(prompts), batch)]
     bar = tqdm(parts, f"guidance {scale}", leave=False)
-    return torch.cat([p3_model.generate(model, prompts[p.start : p.stop], p, steps, scale) for p in bar])
+    how = {"steps": args.steps, "scale": scale, "pag": args.pag}
+    return torch.cat([p3_model.generate(model, prompts[p.start : p.stop], p, **how) for p in bar])
 
 
 def nearest_is_right(clip, images, captions):
@@ -199,6 +200,7 @@ def parse(argv):
     option("--count", type=whole(), default=200)
     option("--steps", type=whole(1, 1000), default=25)
     option("--scales", type=real(-100, 100), nargs="+", default=[1.0, 2.0, 4.0, 7.5])
+    option("--pag", type=real(0, 100), default=0.0, help="perturbed-attention guidance (default: 0)")
     option("--no-fid", action="store_true")
     option("--picture", metavar="FILE", help="real pictures above generated ones, at the third scale or the last")
     option("--pairs", metavar="DIR", help="only writes the real and the generated pictures, at the same scale")
@@ -242,11 +244,11 @@ def main(argv=None):
         return save_table(lines, args.out)
     third = args.scales[:3][-1]
     if args.pairs:
-        return write_pairs(captions, real, drawn(model, captions, third, args.steps), args.pairs)
+        return write_pairs(captions, real, drawn(model, captions, third, args), args.pairs)
     features = None if args.no_fid else Inception(device)
     told = None if args.no_fid else features(real)
     lines = [
-        f"{describe_machine(device)}; {len(rows)} held-back pairs, {args.steps} steps",
+        f"{describe_machine(device)}; {len(rows)} held-back pairs, {args.steps} steps, pag {args.pag:g}",
         "",
         "| | guidance | nearest caption is right | FID | s a picture |",
         "|---|---|---|---|---|",
@@ -254,7 +256,7 @@ def main(argv=None):
     ]
     for scale in args.scales:
         begin = time.time()
-        made = drawn(model, captions, scale, args.steps)
+        made = drawn(model, captions, scale, args)
         seconds = (time.time() - begin) / len(made)
         fid = "-" if args.no_fid else f"{frechet_distance(features(made), told):.1f}"
         lines.append(f"| ours | {scale:g} | {nearest_is_right(clip, made, captions):.3f} | {fid} | {seconds:.2f} |")

@@ -201,6 +201,7 @@ p3_infer.py | IN/good.json OUT SHIPPED/tiny.ckpt --steps 0 | --steps
 p3_infer.py | IN/good.json OUT SHIPPED/tiny.ckpt --steps 1000000 | argument --steps:
 p3_infer.py | IN/good.json OUT SHIPPED/tiny.ckpt --scale nan | argument --scale:
 p3_infer.py | IN/good.json OUT SHIPPED/tiny.ckpt --scale inf | argument --scale:
+p3_infer.py | IN/good.json OUT SHIPPED/tiny.ckpt --pag -1 | argument --pag: take a number, 0 to 100
 p3_infer.py | IN/good.json OUT SHIPPED/tiny.ckpt --batch-size 0 | --batch-size
 p3_infer.py | IN/good.json OUT SHIPPED/tiny.ckpt --time-limit nan | argument --time-limit: take a positive number, not 'nan'
 p3_infer.py | IN/good.json OUT SHIPPED/tiny.ckpt --time-limit inf | argument --time-limit:
@@ -246,6 +247,7 @@ stable-diffusion/scripts/txt2img.py | --outdir OUT --n_iter 0 | argument --n_ite
 stable-diffusion/scripts/txt2img.py | --outdir OUT --n_samples 0 | argument --n_samples:
 stable-diffusion/scripts/txt2img.py | --outdir OUT --ddim_steps 1000000 | argument --ddim_steps:
 stable-diffusion/scripts/txt2img.py | --outdir OUT --ddim_eta nan | argument --ddim_eta:
+stable-diffusion/scripts/txt2img.py | --outdir OUT --pag nan | argument --pag: take a number, 0 to 100, not 'nan'
 stable-diffusion/scripts/txt2img.py | --outdir OUT --scale inf | argument --scale: take a number, -100 to 100, not 'inf'
 stable-diffusion/scripts/txt2img.py | --outdir OUT --seed -1 | argument --seed:
 stable-diffusion/scripts/txt2img.py | --outdir OUT --device meta | argument --device: meta: no such device

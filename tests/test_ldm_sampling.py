@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from ldm.lr_scheduler import LambdaLinearScheduler
 from ldm.models.diffusion.ddim import DDIMSampler, ddim
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler, dpm_solver_pp
+from ldm.models.diffusion.sampling import guided
 from ldm.modules import attention
 from ldm.modules.diffusionmodules.openaimodel import timestep_embedding
 from ldm.util import noise_stream
@@ -162,7 +163,7 @@ def sample(model, texts, **options):
 def test_keys_and_values_of_the_prompt_are_computed_once_and_change_no_bit(model, texts, monkeypatch):
     layers = [m.to_k for name, m in model.model.named_modules() if name.endswith("attn2")]
     once, sizes = calls_of(layers, lambda: sample(model, texts))
-    monkeypatch.setattr(model, "remember", lambda cond, every: cond)
+    monkeypatch.setattr(model, "remember", lambda cond, *how: cond)
     every_step, plain_sizes = calls_of(layers, lambda: sample(model, texts))
     assert torch.equal(once, every_step)
     assert all(s == [4] for s in sizes) and all(s == [4] * 10 for s in plain_sizes)
@@ -183,6 +184,22 @@ def test_fast_runs_the_deep_blocks_every_second_time_and_guides_only_early(model
     quick, sizes = calls_of(parts, lambda: sample(model, texts, fast=True))
     assert sizes == [[4] * 6 + [2] * 4, [4] * 3 + [2] * 2]
     assert torch.isfinite(quick).all() and not torch.equal(quick, sample(model, texts))
+
+
+def test_perturbed_attention_guidance_moves_away_from_pixels_that_see_themselves_alone(model, texts, monkeypatch):
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    given = {"unconditional_conditioning": texts[1], "unconditional_guidance_scale": 3.0}
+    eps = guided(model, texts[0], **given, pag=0.7)(x, 500.0)
+    t = torch.full((2,), 500.0)
+    plain, of_prompt = guided(model, texts[0], **given)(x, 500.0), model.apply_model(x, t, texts[0])
+    monkeypatch.setattr(attention, "COARSE", 3)
+    none = guided(model, texts[0], **given, pag=0.7)(x, 500.0)
+    for layer in (m for name, m in model.model.named_modules() if name.endswith("attn1")):
+        monkeypatch.setattr(layer, "forward", lambda x, layer=layer, **_: layer.to_out(layer.to_v(x)))
+    perturbed = model.apply_model(x, t, texts[0])
+    assert (eps - plain).abs().max() > 1e-3
+    assert torch.allclose(eps, plain + 0.7 * (of_prompt - perturbed), atol=1e-5)
+    assert torch.allclose(none, plain, atol=1e-5)  # no map is coarse
 
 
 def test_the_last_of_a_trajectory_is_the_sample(model, texts):

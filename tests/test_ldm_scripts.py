@@ -258,7 +258,7 @@ def test_txt2img_options(txt2img, files, tmp_path):
     made = pictures(tmp_path / "samples")
     assert len(made) == 6 and not list(tmp_path.glob("grid*"))
     assert all(np.array_equal(made[i], made[i + 3]) for i in range(3))  # fixed_code: every iteration the same
-    assert txt2img(tmp_path, "--skip_save", "--n_iter", "1", "--n_samples", "1")[0] == 0
+    assert txt2img(tmp_path, "--skip_save", "--n_iter", "1", "--n_samples", "1", "--pag", "1")[0] == 0
     assert len(pictures(tmp_path / "samples")) == 6 and len(list(tmp_path.glob("grid-0000.png"))) == 1
 
 

@@ -329,13 +329,14 @@ def test_pictures_of_lowered_steps_are_said_and_made_anew_when_there_is_time(tas
     assert all(hurried[p] != made for p, made in contents(task[1]).items())
 
 
-def test_fast_pictures_are_others_made_anew_on_a_later_run_without(task, monkeypatch, capsys):
+@pytest.mark.parametrize("options", [["--fast"], ["--pag", 1]])
+def test_pictures_by_other_means_are_others_made_anew_on_a_later_run_without(task, monkeypatch, capsys, options):
     task += ["--steps", 4, "--images", 1]
-    assert run(monkeypatch, *task, "--fast") == 0
-    fast = contents(task[1])
+    assert run(monkeypatch, *task, *options) == 0
+    before = contents(task[1])
     assert run(monkeypatch, *task) == 0
     assert capsys.readouterr().out.count("wrote 4 pictures") == 2
-    assert all(fast[p] != made for p, made in contents(task[1]).items())
+    assert all(before[p] != made for p, made in contents(task[1]).items())
 
 
 # ------------------------------------------------------------------------------------------------ bad input

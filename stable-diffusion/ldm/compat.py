@@ -6,6 +6,7 @@ import types
 
 import torch
 import torch.nn.functional as F
+from torch.distributions import Normal, kl_divergence
 
 from ldm.models.diffusion.dpm_solver import dpm_solver_pp
 from ldm.models.diffusion.sampling import guided, uniform_times
@@ -71,6 +72,21 @@ class TrainingNames:
         steps = min(timesteps or self.num_timesteps, self.num_timesteps - 1)
         latents, inter = DDIMSampler(self).sample(steps, shape[0], shape[1:], cond, **{"eta": 1.0, **options})
         return (latents, inter["x_inter"]) if return_intermediates else latents
+
+
+class Divergences:
+    """Of DiagonalGaussianDistribution: students' own trainings of the autoencoder."""
+
+    def normal(self):
+        return Normal(self.mean, self.std, validate_args=False)
+
+    def kl(self, other=None):
+        """KL(self || other), of N(0, I) by default, in nats: [B]."""
+        return kl_divergence(self.normal(), other.normal() if other else Normal(0.0, 1.0)).flatten(1).sum(1)
+
+    def nll(self, sample, dims=(1, 2, 3)):
+        """-log p(sample), summed over `dims`."""
+        return -self.normal().log_prob(sample).sum(tuple(dims))
 
 
 class ImageToImage:

@@ -83,6 +83,7 @@ def parse_args(argv=None):
     add("--n_samples", type=number(int, 1, 1000), default=3, help="batch size: pictures of a prompt (default: 3)")
     add("--n_rows", type=number(int, 0, 1000), default=0, help="columns of the grid (default: n_samples)")
     add("--scale", type=number(float, -100, 100), default=7.5, help="guidance scale (default: 7.5)")
+    add("--pag", type=number(float, 0, 100), default=0.0, help="perturbed-attention guidance (default: 0)")
     add("--fast", action="store_true", help="half the work a picture: see ldm/models/diffusion/sampling.py")
     add("--config", help="the model's YAML (default: the one that the checkpoint names, else v1-inference.yaml)")
     add("--ckpt", help=f"checkpoint, .ckpt or .safetensors (default: {' or '.join(CKPT)})")
@@ -166,7 +167,8 @@ def generate(model, opt, prompts_of):
         for prompts in prompts_of:
             noise = noise_stream(opt.seed, range(done, done + len(prompts)), shape)
             uc = model.get_learned_conditioning([""] * len(prompts)) if opt.scale != 1.0 else None
-            guidance = {"unconditional_guidance_scale": opt.scale, "unconditional_conditioning": uc, "fast": opt.fast}
+            guidance = {"unconditional_guidance_scale": opt.scale, "unconditional_conditioning": uc}
+            guidance.update(fast=opt.fast, pag=opt.pag)
             c, steps = model.get_learned_conditioning(prompts), opt.ddim_steps
             latents, _ = sampler.sample(steps, len(prompts), shape, c, eta=opt.ddim_eta, noise=noise, **guidance)
             for latent in latents.split(1):

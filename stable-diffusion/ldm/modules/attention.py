@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+COARSE = 12 * 12  # pixels of the largest maps to perturb: in Stable Diffusion, up to 768x768, the middle block's alone
 SCORES = 2**26  # attention scores held at a time where torch has no fused attention: 256 MB in float32
 
 
@@ -31,15 +32,17 @@ def named(**layers):
 
 class Memory:
     """A conditioning [B, M, C] and what the network keeps of it from one step of sampling to the next, in place of a
-    context: the keys and values of each layer, and the deep features that all but every `every`th call use again."""
+    context: the keys and values of each layer, and the deep features that all but every `every`th call use again. Of
+    the last `perturbed` of the batch self-attention is perturbed (see CrossAttention)."""
 
-    def __init__(self, context, every=1):
-        self.context, self.every = context, every
+    def __init__(self, context, every=1, perturbed=0):
+        self.context, self.every, self.perturbed = context, every, perturbed
         self.keys, self.calls, self.deep = {}, 0, None
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of x [B, N, C] to context [B, M, context_dim], or to x itself where there is none."""
+    """Multi-head attention of x [B, N, C] to context [B, M, context_dim], or to x itself where there is none: there, on
+    COARSE maps, each pixel of the last `perturbed` of the batch attends to itself alone (Ahn et al. 2024)."""
 
     def __init__(self, query_dim, context_dim=None, heads=8, dim_head=64):
         super().__init__()
@@ -58,9 +61,12 @@ class CrossAttention(nn.Module):
             context.keys[self] = self.keys_and_values(context.context)
         return context.keys[self]
 
-    def forward(self, x, context=None):
+    def forward(self, x, context=None, perturbed=0):
         (q,), (k, v) = self.split(self.to_q(x)), self.keys_and_values(x if context is None else context)
-        return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))
+        y = attention(q, k, v)
+        if perturbed and x.shape[1] <= COARSE:
+            y = torch.cat([y[:-perturbed], v[-perturbed:]])
+        return self.to_out(y.transpose(1, 2).flatten(2))
 
 
 class GEGLU(nn.Module):
@@ -86,7 +92,7 @@ class BasicTransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
     def forward(self, x, context=None):
-        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn1(self.norm1(x), perturbed=getattr(context, "perturbed", 0))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 

@@ -117,9 +117,10 @@ class LatentDiffusion(TrainingNames, nn.Module):
         a, s = (c[t][:, None, None, None] for c in (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod))
         return (a * x_start + s * noise).to(x_start.dtype)
 
-    def remember(self, cond, every=1):
+    def remember(self, cond, every=1, perturbed=0):
         """A conditioning [B, 77, C] as the Memory of a sampling run, whose batch it has; itself for other networks."""
-        return Memory(cond.to(self.dtype), every) if isinstance(self.model.diffusion_model, UNetModel) else cond
+        ours = isinstance(self.model.diffusion_model, UNetModel)
+        return Memory(cond.to(self.dtype), every, perturbed) if ours else cond
 
     def apply_model(self, x_noisy, t, cond):
         """eps predicted from x_t, t [B] (may be fractions) and cond: a tensor, a list, {"c_crossattn": list}, or what

@@ -6,27 +6,28 @@ from tqdm import tqdm
 LAST, EVERY = 0.4, 2  # of the fast mode: the part of the times without guidance, and how often all blocks run
 
 
-def guided(model, cond, unconditional_conditioning=None, unconditional_guidance_scale=1.0, fast=False):
-    """eps(x_t, t) of `model` under classifier-free guidance, eps_u + scale (eps_c - eps_u) (Ho & Salimans 2022, eq. 6).
+def guided(model, cond, unconditional_conditioning=None, unconditional_guidance_scale=1.0, fast=False, pag=0.0):
+    """eps(x_t, t) of `model` under classifier-free guidance, eps_u + scale (eps_c - eps_u) (Ho & Salimans 2022, eq. 6);
+    perturbed-attention guidance adds pag (eps_c - eps_p), eps_p with self-attention perturbed (Ahn et al. 2024).
 
     Scale 1, or no unconditional one, is the conditional model. Conditionings: [B, 77, C], or [1, 77, C] for the whole
-    batch (a list, or {"c_crossattn": list}, will do). The two go through the network as one batch [uncond; cond]; what
-    depends on the prompt alone is computed once. `fast` does less, at some cost in quality: no guidance at the LAST
-    times (Golnari et al. 2023), deep features anew at every EVERYth step alone (DeepCache, Ma et al. 2024).
+    batch (a list, or {"c_crossattn": list}, will do). All go through the network as one batch [uncond; cond; cond]; of
+    the prompt everything is computed once. `fast` does less, at some cost in quality: no guidance at the LAST times
+    (Golnari et al. 2023), deep features anew at every EVERYth step alone (DeepCache, Ma et al. 2024).
     """
     cond, uncond, scale = as_tensor(cond), as_tensor(unconditional_conditioning), unconditional_guidance_scale
-    remember, memories = getattr(model, "remember", lambda c, every: c), {}
+    remember, memories = getattr(model, "remember", lambda c, *_: c), {}
 
     def eps_model(x, t):
         alone = uncond is None or scale == 1.0 or fast and t < LAST * model.num_timesteps
-        if (alone, len(x)) not in memories:
-            parts = [c.expand(len(x), -1, -1) for c in ([cond] if alone else [uncond, cond])]
-            memories[alone, len(x)] = remember(torch.cat(parts), EVERY if fast else 1)
-        c, t = memories[alone, len(x)], torch.full((len(x),), float(t), device=x.device)
-        if alone:
-            return model.apply_model(x, t, c)
-        eps_u, eps_c = model.apply_model(torch.cat([x, x]), torch.cat([t, t]), c).chunk(2)
-        return eps_u + scale * (eps_c - eps_u)
+        parts = [cond] if alone else [uncond, cond, cond] if pag else [uncond, cond]
+        n = len(parts)
+        if (n, len(x)) not in memories:
+            c = torch.cat([c.expand(len(x), -1, -1) for c in parts])
+            memories[n, len(x)] = remember(c, EVERY if fast else 1, len(x) if n == 3 else 0)
+        t = torch.full((n * len(x),), float(t), device=x.device)
+        eps_u, *eps = model.apply_model(torch.cat([x] * n), t, memories[n, len(x)]).chunk(n)
+        return eps_u if alone else eps_u + scale * (eps[0] - eps_u) + pag * (eps[0] - eps[-1])
 
     return eps_model
 
@@ -47,7 +48,7 @@ def as_tensor(cond):
 class Sampler:
     """`sample` as CompVis has it, over the generator `steps(eps_model, x_T, S, eta, noise)` of a subclass."""
 
-    OPTIONS = "eta x_T noise unconditional_guidance_scale unconditional_conditioning fast".split()
+    OPTIONS = "eta x_T noise unconditional_guidance_scale unconditional_conditioning fast pag".split()
     KEEPS = True  # whether `sample` returns intermediates
 
     def __init__(self, model, schedule="linear", **unused):
