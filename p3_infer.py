@@ -245,7 +245,7 @@ def arguments(argv):
     option("--images", type=whole(), default=25, help="pictures a prompt (default: 25, what the grader takes)")
     option("--steps", type=whole(1, 1000), default=25, help="DPM-Solver++ steps (default: 25)")
     option("--scale", type=real(-100, 100), default=7.5, help="guidance scale (default: 7.5)")
-    option("--pag", type=real(0, 100), default=0.0, help="perturbed-attention guidance, 3 : 2 as slow (default: 0)")
+    option("--pag", type=real(0, 100), default=0.0, help="perturbed-attention guidance, 3/2 of the time (default: 0)")
     option("--fast", action="store_true", help="half the work a picture, at a small loss of quality")
     option("--batch-size", type=whole(), help="pictures at once (default: by free memory)")
     option("--time-limit", type=real(positive=True), help="seconds, not of --prompt; --fast, then fewer steps keep it")
