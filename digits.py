@@ -7,6 +7,7 @@ images, labels = load_digits("hw2_data/digits", "svhn", "train")        # uint8 
 from __future__ import annotations
 
 import contextlib
+import io
 import pathlib
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -98,8 +99,10 @@ def _read_cached(folder, names):
         paths = [data / n for n in names]
         read = tqdm(pool.map(read_image, paths), total=len(paths), desc=f"reading {folder.name}", leave=False)
         images = np.ascontiguousarray(np.stack(list(read)))  # noise like a picture follows its memory layout
-    with contextlib.suppress(UserError), atomic(cache) as temporary, open(temporary, "wb") as f:
-        np.savez(f, key=np.array(key), images=images)  # a read-only data folder only costs the second start
+    buffer = io.BytesIO()  # numpy's own file, where the disk is full, complains again when it is deleted
+    np.savez(buffer, key=np.array(key), images=images)
+    with contextlib.suppress(UserError), atomic(cache) as temporary:
+        temporary.write_bytes(buffer.getbuffer())  # a read-only data folder only costs the second start
     return images
 
 
