@@ -42,12 +42,15 @@ class Folder:
     """The folder whose page is made: its JSON files, and links to pictures from the page."""
 
     def __init__(self, path):
-        self.path = pathlib.Path(path)
+        self.path, self.read = pathlib.Path(path), []
 
     def json(self, name):
         """Content of a JSON file, or None where there is none; raises UserError for a damaged one."""
         path = self.path / name
-        return read_json(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        self.read.append(name)
+        return read_json(path)
 
     def link(self, path):
         """URL of a picture, relative to the page; one from elsewhere is copied. None where there is none."""
@@ -215,17 +218,15 @@ SECTIONS = {"p1": digits, "p2": faces, "p3": text_to_image, "p4": adaptation}
 
 def render(out, runs):
     """The page's HTML; raises UserError for a JSON file of another shape than the graders write."""
-    folder, found = Folder(out), {}
-    for name, section in SECTIONS.items():
-        try:
-            found[name] = section(folder)
-        except (KeyError, TypeError, AttributeError, IndexError) as e:
-            what = f"the JSON files of {section.__name__} are not what the graders write ({type(e).__name__}: {e})"
-            raise UserError(f"{out}: {what}; run their commands again") from None
     loader = jinja2.FileSystemLoader(ROOT / "report")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = environment.get_template("page.html.jinja")
-    return page.render(**found, runs=trainings(runs), made=time.strftime("%Y-%m-%d"), wrong_shown=WRONG_SHOWN)
+    page, folder, curves = environment.get_template("page.html.jinja"), Folder(out), trainings(runs)
+    try:
+        found = {name: section(folder) for name, section in SECTIONS.items()}
+        return page.render(**found, runs=curves, made=time.strftime("%Y-%m-%d"), wrong_shown=WRONG_SHOWN)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, jinja2.UndefinedError) as e:
+        wrong = f"one of {', '.join(folder.read)} is not what the graders write ({type(e).__name__}: {str(e)[:120]})"
+        raise UserError(f"{out}: {wrong}; run their commands again") from None
 
 
 @cli

@@ -166,10 +166,28 @@ def test_pictures_that_were_drawn_after_the_grading_are_told(tmp_path):
     assert "Run the command again" in page.render(tmp_path, tmp_path)
 
 
-@pytest.mark.parametrize("text, complaint", [("{", "errors.json: not JSON"), ("[1]", "not what the graders write")])
-def test_a_damaged_json_is_one_line(tmp_path, capsys, text, complaint):
+@pytest.mark.parametrize(
+    "file, text, complaint",
+    [
+        ("face/errors.json", "{", "errors.json: not JSON"),
+        ("face/errors.json", "[1]", "face/errors.json is not what the graders write"),
+        ("slerp.json", '{"alphas": [0, 1], "norms": [1], "contrasts": [1, 2]}', "linear.json is not what the graders"),
+        ("dann.json", '{"folder": "svhn"}', "dann.json is not what the graders write"),
+        (
+            "dann.json",
+            '{"folder": "svhn", "target": "svhn", "mode": "dann", "right": [], "known": 1}',
+            "dann.json is not",
+        ),
+        (
+            "dann.json",
+            '{"folder": "svhn", "target": "svhn", "mode": "dann", "right": 1, "known": 0}',
+            "dann.json is not",
+        ),
+    ],
+)
+def test_a_damaged_json_is_one_line(tmp_path, capsys, file, text, complaint):
     problem_2(tmp_path)
-    (tmp_path / "face/errors.json").write_text(text)
+    (tmp_path / file).write_text(text)
     with pytest.raises(SystemExit) as end:
         page.main([str(tmp_path)])
     told = capsys.readouterr().err
