@@ -61,7 +61,8 @@ def count_answers(args):
     """The table of what each rater calls wrong in each folder."""
     path = pathlib.Path(args.folder) / "key.json"
     key = read_json(path)
-    if not isinstance(key, list) or not all(isinstance(entry, dict) and "folder" in entry for entry in key):
+    key = key if isinstance(key, list) else [None]
+    if not all(isinstance(entry, dict) and isinstance(entry.get("folder"), str) for entry in key):
         raise UserError(f"{path}: no key of --pictures; make the sheets anew")
     folders = [entry["folder"] for entry in key]
     wrong = np.array([read_answer(path, len(key)) for path in args.answers])  # [raters, pictures]
