@@ -61,10 +61,9 @@ def count_answers(args):
     """The table of what each rater calls wrong in each folder."""
     path = pathlib.Path(args.folder) / "key.json"
     key = read_json(path)
-    key = key if isinstance(key, list) else [None]
-    if not all(isinstance(entry, dict) and isinstance(entry.get("folder"), str) for entry in key):
+    folders = [entry.get("folder") for entry in key if isinstance(entry, dict)] if isinstance(key, list) else []
+    if not folders or len(folders) < len(key) or not all(isinstance(folder, str) for folder in folders):
         raise UserError(f"{path}: no key of --pictures; make the sheets anew")
-    folders = [entry["folder"] for entry in key]
     wrong = np.array([read_answer(path, len(key)) for path in args.answers])  # [raters, pictures]
     lines = [
         f"{args.folder}: of {len(key)} pictures, called wrong",

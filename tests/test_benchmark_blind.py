@@ -78,7 +78,7 @@ def test_an_answer_that_names_no_picture_is_refused(sheets, tmp_path, capsys, an
     assert "a: give the numbers of pictures, 1 to 20" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("key", ['{"folder": 3}', '[{"folder": []}]', "[1]"])
+@pytest.mark.parametrize("key", ['{"folder": 3}', '[{"folder": []}]', "[1]", "[]"])
 def test_a_key_of_something_else_is_refused(tmp_path, capsys, key):
     (tmp_path / "key.json").write_text(key)
     with pytest.raises(SystemExit, match="2"):

@@ -10,10 +10,10 @@ def guided(model, cond, unconditional_conditioning=None, unconditional_guidance_
     """eps(x_t, t) of `model` under classifier-free guidance, eps_u + scale (eps_c - eps_u) (Ho & Salimans 2022, eq. 6);
     perturbed-attention guidance adds pag (eps_c - eps_p), eps_p with self-attention perturbed (Ahn et al. 2024).
 
-    Scale 1, or no unconditional one, is the conditional model. Conditionings: [B, 77, C], or [1, 77, C] for the whole
-    batch (a list, or {"c_crossattn": list}, will do). All go through the network as one batch [uncond; cond; cond]; of
-    the prompt everything is computed once. `fast` does less, at some cost in quality: no guidance at the LAST times
-    (Golnari et al. 2023), deep features anew at every EVERYth step alone (DeepCache, Ma et al. 2024).
+    Scale 1, or no unconditional one, is the conditional model, without `pag`. Conditionings: [B, 77, C], or [1, 77, C]
+    for the whole batch (a list, or {"c_crossattn": list}, will do). All go through the network as one batch [uncond;
+    cond; cond]; of the prompt everything is computed once. `fast` does less, at some cost in quality: no guidance at
+    the LAST times (Golnari et al. 2023), deep features anew at every EVERYth step alone (DeepCache, Ma et al. 2024).
     """
     cond, uncond, scale = as_tensor(cond), as_tensor(unconditional_conditioning), unconditional_guidance_scale
     remember, memories = getattr(model, "remember", lambda c, *_: c), {}
@@ -27,7 +27,7 @@ def guided(model, cond, unconditional_conditioning=None, unconditional_guidance_
             memories[n, len(x)] = remember(c, EVERY if fast else 1, len(x) if n == 3 else 0)
         t = torch.full((n * len(x),), float(t), device=x.device)
         eps_u, *eps = model.apply_model(torch.cat([x] * n), t, memories[n, len(x)]).chunk(n)
-        return eps_u if alone else eps_u + scale * (eps[0] - eps_u) + pag * (eps[0] - eps[-1])
+        return eps_u if alone else eps_u + scale * (eps[0] - eps_u) + pag * (eps[0] - eps[-1])  # 0 of two
 
     return eps_model
 
