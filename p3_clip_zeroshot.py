@@ -43,8 +43,8 @@ def read_data(folder):
         raise UserError(f"{folder / 'val'}: no PNG pictures there; `bash get_dataset.sh` fetches hw2_data")
     ids = [f.name.split("_")[0] for f in files]
     for file, i in zip(files, ids):
-        if not CLASS_ID.fullmatch(i) or int(i) not in names:
-            raise UserError(f"{file}: its name must begin with a class id of {labels}")
+        if not CLASS_ID.fullmatch(i) or int(i) not in names or not file.name.isprintable():
+            raise UserError(f"{file}: its name must begin with a class id of {labels}, and be printable")
     return files, [int(i) for i in ids], names
 
 

@@ -161,6 +161,7 @@ p3_clip_zeroshot.py | --data IN/zero_list --out OUT | id2label.json: expected {"
 p3_clip_zeroshot.py | --data IN/zero_unicode --out OUT | id2label.json: expected {"0": "bicycle", ...}
 p3_clip_zeroshot.py | --data IN/zero_empty --out OUT | val: no PNG pictures there
 p3_clip_zeroshot.py | --data IN/zero_digit --out OUT | its name must begin with a class id
+p3_clip_zeroshot.py | --data IN/zero_bytes --out OUT | its name must begin with a class id
 p3_clip_zeroshot.py | --data IN/zero_bomb --out OUT --model SHIPPED/tiny_clip.pt | 0_0.png: not a readable picture (50000x
 p3_clip_zeroshot.py | --data IN/zero_cut --out OUT --model SHIPPED/tiny_clip.pt | 0_0.png: not a readable picture
 evaluation/clip_image_score.py | --input_dir IN/none --output_dir IN/none | none: no such folder, or no pictures in it
@@ -430,10 +431,13 @@ def bad_files(tmp_path_factory):
     (files / "graded_unicode/mnistm").mkdir(parents=True)
     Image.new("RGB", (28, 28)).save(files / "graded_unicode/mnistm/\u0663_0.png")
     labels = {"deep": "[" * 100_000, "list": '["dog"]', "unicode": '{"\u0663": "dog"}'}
-    for name in ("deep", "list", "unicode", "empty", "digit", "bomb", "cut"):
+    for name in ("deep", "list", "unicode", "empty", "digit", "bytes", "bomb", "cut"):
         (files / f"zero_{name}/val").mkdir(parents=True, exist_ok=True)
         (files / f"zero_{name}/id2label.json").write_text(labels.get(name, '{"0": "dog", "3": "cat"}'), "utf-8")
     Image.new("RGB", (28, 28)).save(files / "zero_digit/val/\u0663_0.png")
+    (files / os.fsdecode(b"zero_bytes/val/0_\xff.png")).write_bytes(
+        (files / "zero_digit/val/\u0663_0.png").read_bytes()
+    )
     bad_checkpoints(files)
     return files
 

@@ -54,6 +54,15 @@ def test_dpm_solver_converges_to_the_ode_and_with_second_order():
     assert errors[2] < 1e-3 and errors[0] / errors[1] > 3 and errors[1] / errors[2] > 3.3
 
 
+def test_dpm_solver_to_zero_ends_at_the_data_and_else_is_the_same():
+    x_T = torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64)
+    ways = [list(dpm_solver_pp(gaussian_eps, x_T, ABAR, 640, to_zero)) for to_zero in (False, True)]
+    assert ways[0][:-1] == ways[1][:-1]
+    end, x_0 = ways[1][-1][1:]
+    assert torch.equal(end, x_0) and torch.equal(x_0, ways[0][-1][2]) and not torch.equal(end, ways[0][-1][1])
+    assert abs(float(end) - 2.0 * S / math.sqrt(float(ABAR[-1]) * S * S + 1 - float(ABAR[-1]))) < 0.01
+
+
 def test_ddim_converges_to_the_ode_with_first_order():
     coarse, fine = (ode_error(n, ddim, 1 + (n - 1) * (1000 // n)) for n in (100, 200))
     assert fine < 0.015 and 1.8 < coarse / fine < 2.2
