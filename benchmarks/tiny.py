@@ -201,7 +201,7 @@ def parse(argv):
     option("--steps", type=whole(1, 1000), default=25)
     option("--scales", type=real(-100, 100), nargs="+", default=[1.0, 2.0, 4.0, 7.5])
     option("--pag", type=real(0, 100), default=0.0, help="perturbed-attention guidance (default: 0)")
-    option("--to-zero", action="store_true", help="the sampler's last step goes to x_0, not to t = 0")
+    option("--to-zero", action="store_true", help="of held-back pairs: the last step goes to x_0, not to t = 0")
     option("--no-fid", action="store_true")
     option("--picture", metavar="FILE", help="real pictures above generated ones, at the third scale or the last")
     option("--pairs", metavar="DIR", help="only writes the real and the generated pictures, at the same scale")

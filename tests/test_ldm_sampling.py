@@ -63,6 +63,14 @@ def test_dpm_solver_to_zero_ends_at_the_data_and_else_is_the_same():
     assert abs(float(end) - 2.0 * S / math.sqrt(float(ABAR[-1]) * S * S + 1 - float(ABAR[-1]))) < 0.01
 
 
+def test_the_sampler_ends_at_the_data_when_it_is_told_to(model, texts):
+    sampler, x_T = DPMSolverSampler(model), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    *_, (_, x, x_0) = sampler.trajectory(4, 2, [4, 8, 8], texts[0], x_T=x_T)
+    sampler.to_zero = True
+    latents, _ = sampler.sample(4, 2, [4, 8, 8], texts[0], x_T=x_T, verbose=False)
+    assert torch.equal(latents, x_0) and not torch.equal(latents, x)
+
+
 def test_ddim_converges_to_the_ode_with_first_order():
     coarse, fine = (ode_error(n, ddim, 1 + (n - 1) * (1000 // n)) for n in (100, 200))
     assert fine < 0.015 and 1.8 < coarse / fine < 2.2
