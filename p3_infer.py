@@ -48,7 +48,7 @@ class Settings(NamedTuple):
 
 def recipe_id(settings, tokens, prompt, index):
     """Sixteen hexadecimal digits that no picture of another prompt, number, model, embedding or setting has."""
-    parts = [*settings._replace(images=0), prompt, index, p3_model.embedding_id(tokens, prompt)]
+    parts = [*settings._replace(images=0), prompt, index, p3_model.embedding_id(tokens, prompt), "to x_0"]
     return utils.json_id(parts)
 
 

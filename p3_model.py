@@ -45,20 +45,19 @@ def own_size(model):
     return model.image_size * model.first_stage_model.factor
 
 
-def generate(model, prompts, indices, steps=25, scale=7.5, size=None, seed=0, fast=False, pag=0.0, to_zero=False):
+def generate(model, prompts, indices, steps=25, scale=7.5, size=None, seed=0, fast=False, pag=0.0):
     """Pictures uint8 [len(indices), 3, size, size] of one prompt, or of a list with one for each: DPM-Solver++(2M),
-    guidance scale `scale`; `fast` does half the work, `pag` shapes objects (ldm's sampling.py says how), `to_zero`
-    takes the last step to x_0 itself, where CompVis's stops at t = 0, which keeps 3 % of noise.
+    to x_0 itself, guidance scale `scale`; `fast` does half the work, `pag` shapes objects (ldm's sampling.py says how).
 
     Picture i starts from the noise of the seed `seed + i`, the same in any batch but for rounding: float32
     may differ by one level of 255 with the size of the batch.
     """
-    latents = latents_of(model, prompts, indices, steps, scale, size, seed, fast, pag, to_zero)
+    latents = latents_of(model, prompts, indices, steps, scale, size, seed, fast, pag)
     return to_uint8(model.decode_first_stage(latents)).cpu()
 
 
 @torch.no_grad()
-def latents_of(model, prompts, indices, steps=25, scale=7.5, size=None, seed=0, fast=False, pag=0.0, to_zero=False):
+def latents_of(model, prompts, indices, steps=25, scale=7.5, size=None, seed=0, fast=False, pag=0.0):
     """`generate` before it decodes: latents of unit variance, float32 [len(indices), 4, h, w] on the model's device."""
     side = (size or own_size(model)) // model.first_stage_model.factor
     shape = [model.channels, side, side]
@@ -66,7 +65,7 @@ def latents_of(model, prompts, indices, steps=25, scale=7.5, size=None, seed=0, 
     x_T = noise_stream(seed, indices, shape)()
     options = {"unconditional_guidance_scale": scale, "unconditional_conditioning": uncond, "fast": fast, "pag": pag}
     sampler = DPMSolverSampler(model)
-    sampler.to_zero = to_zero
+    sampler.to_zero = True  # CompVis's ends at t = 0, whose latents keep 3 % of noise
     return sampler.sample(steps, len(indices), shape, cond, x_T=x_T, verbose=False, **options)[0]
 
 

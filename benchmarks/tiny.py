@@ -49,7 +49,7 @@ def drawn(model, prompts, scale, args, batch=50):
     """A picture of each prompt, uint8 [N, 3, 64, 64]; picture i starts from the seed i."""
     parts = [range(len(prompts))[i : i + batch] for i in range(0, len(prompts), batch)]
     bar = tqdm(parts, f"guidance {scale}", leave=False)
-    how = {"steps": args.steps, "scale": scale, "pag": args.pag, "to_zero": args.to_zero}
+    how = {"steps": args.steps, "scale": scale, "pag": args.pag}
     return torch.cat([p3_model.generate(model, prompts[p.start : p.stop], p, **how) for p in bar])
 
 
@@ -199,9 +199,8 @@ def parse(argv):
     option("--first", type=whole(0), default=0, help="held-back pairs to pass over (default: 0, the test)")
     option("--count", type=whole(), default=200)
     option("--steps", type=whole(1, 1000), default=25)
-    option("--scales", type=real(-100, 100), nargs="+", default=[1.0, 2.0, 4.0, 7.5])
+    option("--scales", type=real(-100, 100), nargs="+", default=[1.0, 2.0, 5.0, 7.5])
     option("--pag", type=real(0, 100), default=0.0, help="perturbed-attention guidance (default: 0)")
-    option("--to-zero", action="store_true", help="of held-back pairs: the last step goes to x_0, not to t = 0")
     option("--no-fid", action="store_true")
     option("--picture", metavar="FILE", help="real pictures above generated ones, at the third scale or the last")
     option("--pairs", metavar="DIR", help="only writes the real and the generated pictures, at the same scale")
@@ -248,7 +247,7 @@ def main(argv=None):
         return write_pairs(captions, real, drawn(model, captions, third, args), args.pairs)
     features = None if args.no_fid else Inception(device)
     told = None if args.no_fid else features(real)
-    how = f"{args.steps} steps{' to x_0' * args.to_zero}, pag {args.pag:g}"
+    how = f"{args.steps} steps, pag {args.pag:g}"
     lines = [
         f"{describe_machine(device)}; {len(rows)} held-back pairs, {how}",
         "",

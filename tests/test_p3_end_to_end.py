@@ -14,10 +14,12 @@ pytest.importorskip("clip")
 sys.path.insert(0, str(ROOT / "evaluation"))
 
 from grade_hw2_3 import grade  # noqa: E402
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler  # noqa: E402
 
 from p3_clip import image_scores, load_clip, text_scores  # noqa: E402
 from p3_concepts import image_files, read_concepts  # noqa: E402
-from p3_model import generate, learned_tokens, load_embeddings, load_stable_diffusion  # noqa: E402
+from p3_model import generate, latents_of, learned_tokens, load_embeddings, load_stable_diffusion  # noqa: E402
+from utils import noise_stream  # noqa: E402
 
 CKPT, CLIP = ROOT / "checkpoints/tiny.ckpt", ROOT / "checkpoints/tiny_clip.pt"
 TASK = ROOT / "tiny/textual_inversion"
@@ -40,6 +42,20 @@ def model():
 def draw(model, prompt, count=4, **options):
     pictures = generate(model, prompt, range(count), steps=12, **options)
     return [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures]
+
+
+def test_pictures_end_at_x_0_where_the_sampler_alone_keeps_noise(model):
+    prompt, ends = "a rocket, in the style of Noto", {}
+    x_T, cond = noise_stream(0, range(2), [4, 16, 16])(), model.get_learned_conditioning([prompt] * 2)
+    uncond = model.get_learned_conditioning("")
+    for to_zero in (False, True):
+        sampler = DPMSolverSampler(model)
+        sampler.to_zero = to_zero
+        how = {"unconditional_guidance_scale": 5.0, "unconditional_conditioning": uncond, "verbose": False}
+        ends[to_zero] = sampler.sample(15, 2, [4, 16, 16], cond, x_T=x_T, **how)[0]
+    ours = latents_of(model, prompt, range(2), steps=15, scale=5.0)
+    assert torch.allclose(ours, ends[True], atol=1e-4)
+    assert 0.01 < (ours - ends[False]).std() < 0.1
 
 
 def test_a_prompt_draws_its_own_subject(model, clip):

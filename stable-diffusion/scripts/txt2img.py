@@ -159,8 +159,8 @@ def grid(images, columns):
 def generate(model, opt, prompts_of):
     """`prompts_of` each batch of an iteration; yields uint8 pictures [H, W, 3], one at a time."""
     sampler = (DDIMSampler if opt.sampler == "ddim" or opt.ddim_eta > 0 else DPMSolverSampler)(model)
-    shape = [opt.C, opt.H // opt.f, opt.W // opt.f]
-    done = 0
+    sampler.to_zero = True  # of DPM-Solver++, as p3_infer.py has it
+    shape, done = [opt.C, opt.H // opt.f, opt.W // opt.f], 0
     for _ in trange(opt.n_iter, desc="iterations"):
         if opt.fixed_code:
             done = 0
