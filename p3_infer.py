@@ -48,8 +48,8 @@ class Settings(NamedTuple):
 
 def recipe_id(settings, tokens, prompt, index):
     """Sixteen hexadecimal digits that no picture of another prompt, number, model, embedding or setting has."""
-    parts = [*settings._replace(images=0), prompt, index, p3_model.embedding_id(tokens, prompt), "to x_0"]
-    return utils.json_id(parts)
+    parts = [*settings._replace(images=0), prompt, index, p3_model.embedding_id(tokens, prompt)]
+    return utils.json_id([*parts, "to x_0"])  # pictures of before 2026-12 ended at t = 0
 
 
 def tokens_in(prompts, concepts):

@@ -64,9 +64,8 @@ def latents_of(model, prompts, indices, steps=25, scale=7.5, size=None, seed=0, 
     cond, uncond = model.get_learned_conditioning(prompts), model.get_learned_conditioning("")
     x_T = noise_stream(seed, indices, shape)()
     options = {"unconditional_guidance_scale": scale, "unconditional_conditioning": uncond, "fast": fast, "pag": pag}
-    sampler = DPMSolverSampler(model)
-    sampler.to_zero = True  # CompVis's ends at t = 0, whose latents keep 3 % of noise
-    return sampler.sample(steps, len(indices), shape, cond, x_T=x_T, verbose=False, **options)[0]
+    *_, (_, _, x_0) = DPMSolverSampler(model).trajectory(steps, len(indices), shape, cond, x_T=x_T, **options)
+    return x_0  # where `sample` ends, at t = 0, latents keep 3 % of noise
 
 
 def fitting_batch(model, size, most=5):

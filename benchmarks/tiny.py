@@ -247,9 +247,8 @@ def main(argv=None):
         return write_pairs(captions, real, drawn(model, captions, third, args), args.pairs)
     features = None if args.no_fid else Inception(device)
     told = None if args.no_fid else features(real)
-    how = f"{args.steps} steps, pag {args.pag:g}"
     lines = [
-        f"{describe_machine(device)}; {len(rows)} held-back pairs, {how}",
+        f"{describe_machine(device)}; {len(rows)} held-back pairs, {args.steps} steps, pag {args.pag:g}",
         "",
         "| | guidance | nearest caption is right | FID | s a picture |",
         "|---|---|---|---|---|",

@@ -16,7 +16,7 @@ import sys
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import trange
+from tqdm import tqdm, trange
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -159,8 +159,8 @@ def grid(images, columns):
 def generate(model, opt, prompts_of):
     """`prompts_of` each batch of an iteration; yields uint8 pictures [H, W, 3], one at a time."""
     sampler = (DDIMSampler if opt.sampler == "ddim" or opt.ddim_eta > 0 else DPMSolverSampler)(model)
-    sampler.to_zero = True  # of DPM-Solver++, as p3_infer.py has it
-    shape, done = [opt.C, opt.H // opt.f, opt.W // opt.f], 0
+    shape = [opt.C, opt.H // opt.f, opt.W // opt.f]
+    done = 0
     for _ in trange(opt.n_iter, desc="iterations"):
         if opt.fixed_code:
             done = 0
@@ -170,7 +170,9 @@ def generate(model, opt, prompts_of):
             guidance = {"unconditional_guidance_scale": opt.scale, "unconditional_conditioning": uc}
             guidance.update(fast=opt.fast, pag=opt.pag)
             c, steps = model.get_learned_conditioning(prompts), opt.ddim_steps
-            latents, _ = sampler.sample(steps, len(prompts), shape, c, eta=opt.ddim_eta, noise=noise, **guidance)
+            items = sampler.trajectory(steps, len(prompts), shape, c, eta=opt.ddim_eta, noise=noise, **guidance)
+            *_, (_, x, x_0) = tqdm(items, total=steps, desc=type(sampler).__name__)
+            latents = x_0 if isinstance(sampler, DPMSolverSampler) else x  # as p3_infer.py; x keeps 3 % of noise
             for latent in latents.split(1):
                 image = ((model.decode_first_stage(latent) + 1) / 2).clamp(0, 1)[0]
                 yield (255 * image).permute(1, 2, 0).cpu().numpy().astype(np.uint8)

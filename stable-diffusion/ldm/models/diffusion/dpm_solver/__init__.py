@@ -7,13 +7,13 @@ from ldm.models.diffusion.sampling import Sampler
 
 
 @torch.no_grad()
-def dpm_solver_pp(eps_model, x_T, alphas_cumprod, steps, to_zero=False):
+def dpm_solver_pp(eps_model, x_T, alphas_cumprod, steps):
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2), times uniform in [1/T, 1]; yields (t, x_t, x_0 prediction).
 
     x_T: [B, C, H, W]; eps_model(x_t, t) with t in [0, T-1], not rounded; alphas_cumprod: [T], with log(alpha) linear
     between its times. With lambda = log(alpha/sigma), h = lambda_t - lambda_s and D extrapolated from the last two x_0
     predictions, x_t = sigma_t/sigma_s x_s - alpha_t (exp(-h) - 1) D. The first step is of first order; so is the last
-    one when there are fewer than 15, for stability. It goes to t = 0, which has noise, or `to_zero`, to x_0 itself.
+    one when there are fewer than 15, for stability.
     """
     if steps < 1:
         raise ValueError(f"{steps} sampling steps: take 1 or more")
@@ -32,13 +32,13 @@ def dpm_solver_pp(eps_model, x_T, alphas_cumprod, steps, to_zero=False):
             D = x_0 + (x_0 - before) / float(2 * r)
         x = float(sigma[t] / sigma[s]) * x - float(alpha[t] * np.expm1(-h)) * D
         before = x_0
-        yield (times[t] - 1.0 / T) * T, x_0 if to_zero and t == steps else x, x_0
+        yield (times[t] - 1.0 / T) * T, x, x_0
 
 
 class DPMSolverSampler(Sampler):
-    """DPM-Solver++(2M); `sample` returns (latents, None). Deterministic: eta is not used. `to_zero`: see above."""
+    """DPM-Solver++(2M); `sample` returns (latents, None). Deterministic: eta is not used."""
 
-    KEEPS, to_zero = False, False
+    KEEPS = False
 
     def steps(self, eps_model, x_T, S, eta, noise):
-        return dpm_solver_pp(eps_model, x_T, self.model.alphas_cumprod, S, self.to_zero)
+        return dpm_solver_pp(eps_model, x_T, self.model.alphas_cumprod, S)
