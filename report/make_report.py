@@ -19,7 +19,6 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from PIL import Image  # noqa: E402
 
 from utils import Parser, UserError, atomic, cli, output_folder, save_json  # noqa: E402
 
@@ -95,22 +94,6 @@ PARTS = {  # what makes a part of the report, and the figures and the numbers th
 }
 
 
-def overview():
-    """figures/overview.png, for the README: digits and faces side by side, captioned emoji below."""
-    row = [Image.open(FIGURES / f"{n}.png").convert("RGB") for n in ("p1_grid_mnistm", "p1_grid_svhn", "p2_eta")]
-    row = [i.resize((round(i.width * 320 / i.height), 320), Image.LANCZOS) for i in row]
-    width = sum(i.width for i in row)
-    below = Image.open(FIGURES / "tiny.png").convert("RGB")
-    below = below.resize((width, round(below.height * width / below.width)), Image.LANCZOS)
-    sheet, left = Image.new("RGB", (width, 320 + below.height)), 0
-    for picture in row:
-        sheet.paste(picture, (left, 0))
-        left += picture.width
-    sheet.paste(below, (0, 320))
-    with atomic(FIGURES / "overview.png") as temporary:
-        sheet.save(temporary, format="PNG")
-
-
 def run(command):
     command = [sys.executable, *map(str, command)]
     print("$", " ".join(command[1:]), file=sys.stderr)
@@ -144,7 +127,6 @@ def main(argv=None):
         if part in args.remake or not all(f.is_file() for f in files):
             for command in make(args):
                 run(command)
-    overview()
     try:
         pdf = typst.compile(str(HERE / "report.typ"), root=str(ROOT))
     except typst.TypstError as e:
