@@ -19,7 +19,6 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-
 from utils import Parser, UserError, atomic, cli, output_folder, save_json  # noqa: E402
 
 HERE = ROOT / "report"
